@@ -1,0 +1,1 @@
+"""Evaluation: the lm-eval adapter, tasks, probes and statistics; imports as ``lmtrain.eval``."""

@@ -1,0 +1,114 @@
+"""The contract of a residual branch, what it must say about its parameters, and the registry of kinds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from torch import Generator, Tensor, nn
+from torch import device as Device
+
+from lmtrain.errors import UsageError, nearest
+from lmtrain.model.context import Context
+
+State = dict[str, Any]
+"""Carried in time: a pytree of batch-first contiguous tensors (dicts may nest); ``{}`` if there is none."""
+Streams = dict[str, Tensor]
+"""Carried in depth: ``[B, T, ...]`` tensors by name."""
+Init = Callable[[tuple[int, ...], Generator], Tensor]
+"""Draws a full fp32 parameter of this shape from a host generator."""
+
+
+@dataclass(frozen=True)
+class ParamInfo:
+    """All that optimizers, sharding, scaling rules and export need to know about one parameter.
+
+    role: matrix, embedding, head, norm, bias, conv, decay or scalar. decay: weight decay applies. fp32: stays fp32 in
+    mixed precision. fan_in, fan_out: for width-scaled learning rates. tp_dim, tp_units: the dim tensor parallelism would
+    cut and the indivisible units (heads) along it. expert_dim: the dim that enumerates experts.
+    """
+
+    role: Literal["matrix", "embedding", "head", "norm", "bias", "conv", "decay", "scalar"]
+    init: Init
+    decay: bool = False
+    fp32: bool = False
+    fan_in: int | None = None
+    fan_out: int | None = None
+    lr_scale: float = 1.0
+    tp_dim: int | None = None
+    tp_units: int | None = None
+    expert_dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a branch stands: ``index`` of ``count`` branches, the ``of_kind``-th of its kind (from 0)."""
+
+    index: int
+    count: int
+    of_kind: int = 0
+
+
+class BranchConfig(Protocol):
+    """What every branch's settings answer for themselves; the tests hold the answers to the built module."""
+
+    kind: str
+
+    def num_params(self, d_model: int, active: bool = False) -> int:
+        """Parameters of one branch; ``active``: those a token uses."""
+
+    def flops_per_token(self, d_model: int, seq_len: int, executed: bool = False) -> int:
+        """Forward FLOPs per token (a multiply-add is 2); ``executed``: with what the chunked form adds."""
+
+    def state_bytes(self, d_model: int, batch: int, seq_len: int) -> int:
+        """Bytes of carried state of ``batch`` sequences after ``seq_len`` tokens (fp32)."""
+
+
+class Branch(nn.Module):
+    """A residual branch: ``x + branch(norm(x))``; norm and residual belong to the block.
+
+    Subclasses import torch alone, know nothing of ranks, and keep neither state nor streams on themselves. The last
+    projection has no bias, since its output may be a partial sum. Head counts are read from shapes, never from settings.
+    """
+
+    Config: ClassVar[type[Any]]
+    reads: ClassVar[frozenset[str]] = frozenset()
+    writes: ClassVar[frozenset[str]] = frozenset()
+    sp: ClassVar[Literal["scan", "heads", "serial", "token"]]
+    place: Place
+
+    def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
+        """``[B, T, d_model]`` to ``[B, T, d_model]``, the state after the row's last column, the streams written."""
+        raise TypeError(f"{type(self).__name__} has no forward")
+
+    def init_state(self, batch: int, device: Device | str) -> State:
+        """The state before the first token, of ``batch`` sequences."""
+        return {}
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        """One entry for every name of ``named_parameters()``; checked when the model is built."""
+        raise TypeError(f"{type(self).__name__} has no param_info")
+
+
+BRANCHES: dict[str, type[Branch]] = {}
+"""Every registered kind; the recipe's ``model.branches.NAME.kind`` picks one."""
+
+
+def register(kind: str) -> Callable[[type[Branch]], type[Branch]]:
+    """Class decorator: makes a Branch available to recipes under ``kind``."""
+
+    def add(cls: type[Branch]) -> type[Branch]:
+        if kind in BRANCHES:
+            raise ValueError(f"branch kind {kind} is registered twice")
+        BRANCHES[kind] = cls
+        return cls
+
+    return add
+
+
+def branch_class(kind: str) -> type[Branch]:
+    """The registered branch, or UsageError naming the nearest kind."""
+    if kind not in BRANCHES:
+        raise UsageError(f"model.branches: kind {kind} is unknown{nearest(kind, BRANCHES)}")
+    return BRANCHES[kind]

@@ -1,0 +1,48 @@
+"""Settings of a language model: named branches and the order they stand in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmtrain.model.pattern import expand
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model is a list of residual branches between an embedding and a head."""
+
+    d_model: int
+    """Width of the residual stream."""
+    branches: dict[str, Any] = field(default_factory=dict)
+    """Named branches; each has a ``kind`` and that kind's settings."""
+    pattern: str | list[str] = ""
+    """Order of the branches, e.g. "2 * (ssm mlp ssm mlp local mlp)", or a list of names."""
+    vocab_size: int | None = None
+    """Rows of the embedding; default: the tokenizer's size rounded up to ``vocab_multiple``."""
+    vocab_multiple: int = 128
+    """Divisor of the default ``vocab_size``."""
+    tie_embeddings: bool = False
+    """The head reads the embedding's weight."""
+    norm_eps: float = 1e-5
+    """Added to the mean square in every RMSNorm."""
+    init_std: float = 0.02
+    """Standard deviation of the embedding's and the head's initial weights."""
+
+    def order(self) -> list[str]:
+        """Branch names in the order they stand."""
+        return expand(self.pattern, self.branches)
+
+    def num_params(self, vocab_size: int, active: bool = False) -> int:
+        """Parameters of the built model; ``active``: those a token uses."""
+        branches = sum(self.branches[name].num_params(self.d_model, active) + self.d_model for name in self.order())
+        return branches + self.d_model + vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
+
+    def flops_per_token(self, vocab_size: int, seq_len: int, executed: bool = False) -> int:
+        """Training FLOPs per token, forward and backward (three forward passes), without the norms."""
+        forward = sum(self.branches[n].flops_per_token(self.d_model, seq_len, executed) for n in self.order())
+        return 3 * (forward + 2 * vocab_size * self.d_model)
+
+    def state_bytes(self, batch: int, seq_len: int) -> int:
+        """Bytes of carried state of ``batch`` sequences after ``seq_len`` tokens."""
+        return sum(self.branches[name].state_bytes(self.d_model, batch, seq_len) for name in self.order())

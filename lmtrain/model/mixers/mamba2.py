@@ -1,0 +1,193 @@
+"""Mamba-2 (arXiv 2405.21060): short convolution, scalar-decay scan, gated normalisation.
+
+    dt = softplus(W_dt u + dt_bias)      S_t = exp(-exp(A_log) dt_t) S_{t-1} + dt_t B_t x_t^T      y_t = S_t^T C_t + D x_t
+    out = W_o (RMSNorm_groups(y * silu(z)) * weight)            x, B, C pass a causal convolution and silu first
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmtrain.errors import UsageError
+from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, register
+from lmtrain.model.context import Context
+from lmtrain.model.init import constant, fan_in_uniform, log_uniform_range, softplus_inverse_of_log_uniform
+from lmtrain.model.norm import rms_normalise
+from lmtrain.ops import causal_conv1d, ssd
+from lmtrain.ops.op import compute_dtype
+
+
+@dataclass(frozen=True)
+class Mamba2Config:
+    """Mamba-2 mixer."""
+
+    kind: str = "mamba2"
+    """mamba2"""
+    d_state: int = 128
+    """Rows of each head's state."""
+    head_dim: int = 64
+    """Channels per head."""
+    expand: int = 2
+    """Inner width over d_model."""
+    num_groups: int = 1
+    """Groups of heads that share B and C."""
+    conv_width: int = 4
+    """Taps of the short convolution."""
+    chunk: int = 64
+    """Tokens per chunk of the scan; does not change the function."""
+    norm_eps: float = 1e-5
+    """Added to the mean square of the gated norm."""
+
+    def __post_init__(self) -> None:
+        for key in ("d_state", "head_dim", "expand", "num_groups", "chunk"):
+            if getattr(self, key) < 1:
+                raise UsageError(f"mamba2: {key}: expected at least 1, got {getattr(self, key)}")
+        if self.conv_width < 2:
+            raise UsageError(f"mamba2: conv_width: expected at least 2, got {self.conv_width}")
+
+    def check(self, d_model: int) -> None:
+        """UsageError unless the width divides into heads and groups."""
+        if d_model * self.expand % self.head_dim:
+            raise UsageError(f"mamba2: head_dim {self.head_dim} does not divide the inner width {d_model * self.expand}")
+        if d_model * self.expand // self.head_dim % self.num_groups:
+            heads = d_model * self.expand // self.head_dim
+            raise UsageError(f"mamba2: num_groups {self.num_groups} does not divide the {heads} heads")
+
+    def sizes(self, d_model: int) -> tuple[int, int, int]:
+        """Inner width E, heads H, and the width 2 G N of B and C together."""
+        inner = self.expand * d_model
+        return inner, inner // self.head_dim, 2 * self.num_groups * self.d_state
+
+    def num_params(self, d_model: int, active: bool = False) -> int:
+        inner, heads, keys = self.sizes(d_model)
+        projections = d_model * (2 * inner + keys + heads) + inner * d_model
+        return projections + (inner + keys) * (self.conv_width + 1) + 3 * heads + inner
+
+    def flops_per_token(self, d_model: int, seq_len: int, executed: bool = False) -> int:
+        inner, heads, keys = self.sizes(d_model)
+        projections = 2 * d_model * (2 * inner + keys + heads) + 2 * inner * d_model
+        convolution = 2 * self.conv_width * (inner + keys)
+        groups, state = self.num_groups, self.d_state
+        cost = ssd.cost(
+            (1, seq_len, heads, self.head_dim),
+            (1, seq_len, heads),
+            (1, seq_len, groups, state),
+            (1, seq_len, groups, state),
+            chunk=self.chunk,
+        )
+        scan = cost.executed_flops if executed else cost.model_flops
+        return projections + convolution + scan // max(seq_len, 1)
+
+    def state_bytes(self, d_model: int, batch: int, seq_len: int) -> int:
+        inner, heads, keys = self.sizes(d_model)
+        return 4 * batch * (heads * self.d_state * self.head_dim + (self.conv_width - 1) * (inner + keys))
+
+
+class DecayRate(nn.Module):
+    """Step sizes and log decays, always fp32: ``dt = softplus(dt_raw + dt_bias)``, ``log a = -exp(A_log) dt``."""
+
+    keeps_fp32 = True
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.dt_bias = nn.Parameter(torch.empty(num_heads))
+        self.A_log = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, dt_raw: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, T, H]`` to dt and log a, both ``[B, T, H]`` in the computing dtype."""
+        dt = F.softplus(dt_raw.to(compute_dtype(dt_raw)) + self.dt_bias)
+        return dt, -torch.exp(self.A_log) * dt
+
+
+class Skip(nn.Module):
+    """``D x`` per head, D always fp32."""
+
+    keeps_fp32 = True
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.D = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, H, P]`` to the same shape in the computing dtype."""
+        return self.D[:, None] * x.to(compute_dtype(x))
+
+
+@register("mamba2")
+class Mamba2(Branch):
+    """See the module. State: ``conv`` ``[B, W - 1, E + 2 G N]`` and ``ssm`` fp32 ``[B, H, N, P]``."""
+
+    Config: ClassVar[type[Mamba2Config]] = Mamba2Config
+    sp = "scan"
+
+    def __init__(self, cfg: Mamba2Config, d_model: int, place: Place) -> None:
+        super().__init__()
+        cfg.check(d_model)
+        self.cfg, self.place, self.d_model = cfg, place, d_model
+        inner, heads, keys = cfg.sizes(d_model)
+        self.z = nn.Linear(d_model, inner, bias=False)
+        self.x = nn.Linear(d_model, inner, bias=False)
+        self.B = nn.Linear(d_model, keys // 2, bias=False)
+        self.C = nn.Linear(d_model, keys // 2, bias=False)
+        self.dt = nn.Linear(d_model, heads, bias=False)
+        self.conv_x = nn.Parameter(torch.empty(inner, cfg.conv_width))
+        self.conv_x_bias = nn.Parameter(torch.empty(inner))
+        self.conv_bc = nn.Parameter(torch.empty(keys, cfg.conv_width))
+        self.conv_bc_bias = nn.Parameter(torch.empty(keys))
+        self.decay = DecayRate(heads)
+        self.skip = Skip(heads)
+        self.norm = nn.Parameter(torch.empty(inner))
+        self.o = nn.Linear(inner, d_model, bias=False)
+
+    def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
+        cfg, (batch, length, _) = self.cfg, x.shape
+        z, u = self.z(x), torch.cat([self.x(x), self.B(x), self.C(x)], dim=-1)
+        left, tail = ctx.halo(u, cfg.conv_width - 1, state.get("conv"))
+        weight, bias = torch.cat([self.conv_x, self.conv_bc]), torch.cat([self.conv_x_bias, self.conv_bc_bias])
+        u, _ = causal_conv1d(u, weight, bias, docs=ctx.docs, initial_state=left, activation="silu")
+        keys = self.conv_bc.shape[0] // 2
+        values, b, c = u.split([u.shape[-1] - 2 * keys, keys, keys], dim=-1)
+        values = values.reshape(batch, length, -1, cfg.head_dim)
+        b, c = (t.reshape(batch, length, -1, cfg.d_state) for t in (b, c))
+        dt, log_a = self.decay(self.dt(x))
+        scaled = values.to(dt.dtype) * dt[..., None]
+        y, ssm = ctx.scan(ssd, scaled, log_a, b, c, initial_state=state.get("ssm"), chunk=cfg.chunk)
+        y = (y + self.skip(values)).flatten(2) * F.silu(z.to(y.dtype))
+        y = rms_normalise(y.unflatten(-1, (cfg.num_groups, -1)), cfg.norm_eps).flatten(2) * self.norm
+        return self.o(y.to(x.dtype)), {"conv": tail, "ssm": ssm} if ctx.carries else {}, {}
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        inner, heads, keys = self.cfg.sizes(self.d_model)
+        width, groups = self.cfg.conv_width, self.cfg.num_groups
+        linear, conv = fan_in_uniform(self.d_model), fan_in_uniform(width)
+        out = fan_in_uniform(inner, 1 / math.sqrt(self.place.count))
+
+        def matrix(fan_out: int, **kw: int) -> ParamInfo:
+            return ParamInfo("matrix", linear, decay=True, fan_in=self.d_model, fan_out=fan_out, **kw)
+
+        return {
+            "z.weight": matrix(inner, tp_dim=0, tp_units=heads),
+            "x.weight": matrix(inner, tp_dim=0, tp_units=heads),
+            "B.weight": matrix(keys // 2),
+            "C.weight": matrix(keys // 2),
+            "dt.weight": matrix(heads, tp_dim=0, tp_units=heads),
+            "conv_x": ParamInfo("conv", conv, tp_dim=0, tp_units=heads),
+            "conv_x_bias": ParamInfo("bias", conv, tp_dim=0, tp_units=heads),
+            "conv_bc": ParamInfo("conv", conv),
+            "conv_bc_bias": ParamInfo("bias", conv),
+            "decay.dt_bias": ParamInfo(
+                "decay", softplus_inverse_of_log_uniform(1e-3, 1e-1, 1e-4), fp32=True, tp_dim=0, tp_units=heads
+            ),
+            "decay.A_log": ParamInfo("decay", log_uniform_range(1.0, 16.0), fp32=True, tp_dim=0, tp_units=heads),
+            "skip.D": ParamInfo("scalar", constant(1.0), fp32=True, tp_dim=0, tp_units=heads),
+            "norm": ParamInfo("norm", constant(1.0), tp_dim=0, tp_units=groups),
+            "o.weight": ParamInfo(
+                "matrix", out, decay=True, fan_in=inner, fan_out=self.d_model, tp_dim=1, tp_units=heads
+            ),
+        }

@@ -1,0 +1,180 @@
+"""Depthwise causal convolution over time with a short kernel: the local mixing before a scan.
+
+    y_t = act(bias + sum_{d=0}^{W-1} weight[:, W-1-d] * x_{t-d})
+
+where columns left of the row come from the carried tail, and a column of another document is not seen.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmtrain.ops import library
+from lmtrain.ops.documents import Documents
+from lmtrain.ops.op import Cost, Op, check_shape, compute_dtype
+
+ACTIVATIONS = ("none", "silu")
+
+
+class CausalConv1d(Op):
+    """``causal_conv1d(x [B,T,C], weight [C,W], bias [C] | None) -> (y [B,T,C], tail [B,W-1,C])``.
+
+    ``initial_state`` is the tail of the columns before the row, zeros if None; which of them a token sees follows from
+    ``docs.before``. The returned tail is the last W-1 columns of tail and row, raw and unmasked, in x's dtype. One call
+    with T = 1 is a step of decode.
+    """
+
+    name = "causal_conv1d"
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        docs: Documents | None = None,
+        initial_state: Tensor | None = None,
+        activation: str = "silu",
+    ) -> tuple[Tensor, Tensor]:
+        """Raises ValueError naming the argument, what was expected and what was got."""
+        _check(x, weight, bias, docs, initial_state, activation)
+        positions = None if docs is None else docs.positions()
+        if library.backend(self.name, x.device.type, x.dtype) == "reference":
+            return self.reference(x, weight, bias, positions, initial_state, activation)
+        dtype = compute_dtype(x)
+        bias = None if bias is None else bias.to(dtype)
+        y, tail = torch.ops.lmtrain.causal_conv1d(x, weight.to(dtype), bias, positions, initial_state, activation)
+        return y, tail
+
+    @staticmethod
+    def reference(
+        x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None, tail: Tensor | None, activation: str
+    ) -> tuple[Tensor, Tensor]:
+        """The definition, on ``positions`` int32 ``[B,T]`` (None: every column is visible)."""
+        dtype = compute_dtype(x)
+        length, width = x.shape[1], weight.shape[1]
+        if tail is None:
+            tail = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+        row = torch.cat([tail, x], dim=1)
+        y = torch.zeros_like(x, dtype=dtype) if bias is None else bias.to(dtype).expand_as(x)
+        for distance in range(width):
+            tap = width - 1 - distance
+            seen = row[:, tap : tap + length].to(dtype)
+            if positions is not None:
+                # where, not a product: a NaN of another document must reach neither values nor gradients
+                seen = torch.where((positions >= distance)[:, :, None], seen, seen.new_zeros(()))
+            y = y + weight[:, tap].to(dtype) * seen
+        if activation == "silu":
+            y = F.silu(y)
+        return y.to(x.dtype), row[:, length:].contiguous()
+
+    def cost(self, *shapes: tuple[int, ...]) -> Cost:
+        """Of shapes x ``[B,T,C]`` and weight ``[C,W]``; bytes for fp32, the row read once."""
+        (batch, length, channels), (_, width) = shapes[:2]
+        values = batch * length * channels
+        flops = 2 * width * values
+        return Cost(model_flops=flops, executed_flops=flops, bytes=4 * (2 * values + width * channels))
+
+
+causal_conv1d = CausalConv1d()
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    docs: Documents | None,
+    tail: Tensor | None,
+    activation: str,
+) -> None:
+    name = CausalConv1d.name
+    if not x.is_floating_point():
+        raise ValueError(f"{name}: x: expected a floating dtype, got {x.dtype}")
+    check_shape(name, "x", x, (None, None, None))
+    batch, length, channels = x.shape
+    check_shape(name, "weight", weight, (channels, None))
+    width = weight.shape[1]
+    if width < 1:
+        raise ValueError(f"{name}: weight: expected at least one tap, got width 0")
+    if bias is not None:
+        check_shape(name, "bias", bias, (channels,))
+    if tail is not None:
+        check_shape(name, "initial_state", tail, (batch, width - 1, channels))
+        if tail.dtype != x.dtype:
+            raise ValueError(f"{name}: initial_state: expected dtype {x.dtype} as x, got {tail.dtype}")
+    if docs is not None:
+        check_shape(name, "docs.ids", docs.ids, (batch, length))
+    others = {"weight": weight, "bias": bias, "initial_state": tail, "docs": None if docs is None else docs.ids}
+    for argument, other in others.items():
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name}: {argument}: expected device {x.device} as x, got {other.device}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+
+
+def _native_missing() -> str | None:
+    reason = library.load()
+    if reason is None:
+        _register_native()
+    return reason
+
+
+@cache
+def _register_native() -> None:
+    torch.library.register_fake("lmtrain::causal_conv1d", _fake_forward)
+    torch.library.register_fake("lmtrain::causal_conv1d_backward", _fake_backward)
+    torch.library.register_autograd("lmtrain::causal_conv1d", _backward, setup_context=_save)
+
+
+def _fake_forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None, tail: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    grad_tail: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    tail: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    state = x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), state
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad_y: Tensor, grad_tail: Tensor):  # type: ignore[no-untyped-def]
+    saved = ctx.saved_tensors
+    x, weight, bias, positions, tail = saved
+    grads = torch.ops.lmtrain.causal_conv1d_backward(grad_y, grad_tail, *saved, ctx.activation)
+    grad_x, grad_weight, grad_bias, grad_initial = grads
+    return (
+        grad_x,
+        grad_weight,
+        None if bias is None else grad_bias,
+        None,
+        None if tail is None else grad_initial,
+        None,
+    )
+
+
+library.register(
+    CausalConv1d.name,
+    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
+    library.Backend("reference"),
+)

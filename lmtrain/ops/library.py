@@ -1,0 +1,139 @@
+"""Which implementation an op runs: finds the compiled library and chooses a backend per op, device and dtype.
+
+Every op registers its backends in a fixed order, best first, ``reference`` (pure torch) last. ``auto`` takes the first
+that is present and serves the device and dtype. A backend asked for by name is used by every op that has one of that
+name, or refused: nothing falls back silently from an explicit wish.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from lmtrain.errors import UsageError, nearest
+
+KERNELS = ("auto", "reference", "cpu", "cuda", "flash_attn", "mamba_ssm", "causal_conv1d", "fla")
+BUILD_COMMAND = "make install"
+_FILE_NAMES = ("liblmtrain_ops.so", "liblmtrain_ops.dylib")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an op.
+
+    device: the device type it serves, None for any. dtypes: the dtypes of the values it serves, None for any.
+    missing: returns why it cannot be used here, None if it can; called once per process.
+    """
+
+    name: str
+    device: str | None = None
+    dtypes: frozenset[torch.dtype] | None = None
+    missing: Callable[[], str | None] = lambda: None
+
+    def refusal(self, device: str, dtype: torch.dtype) -> str | None:
+        """Why this backend cannot serve ``device`` and ``dtype``; None if it can."""
+        if self.device not in (None, device):
+            return f"it runs on {self.device}, not on {device}"
+        if self.dtypes is not None and dtype not in self.dtypes:
+            return f"it does not take {_spell(dtype)}"
+        return self.missing()
+
+
+_backends: dict[str, tuple[Backend, ...]] = {}
+_requested: list[str] = ["auto"]
+
+
+def register(op: str, *backends: Backend) -> None:
+    """Declare the backends of ``op``, best first; the last must be ``reference``, which serves everything."""
+    if not backends or backends[-1].name != "reference":
+        raise ValueError(f"{op}: the last backend must be reference")
+    _backends[op] = backends
+
+
+def set_kernels(name: str) -> None:
+    """The recipe's ``kernels:`` key: one of ``KERNELS``. The environment's LMTRAIN_KERNELS overrides it.
+
+    Raises UsageError for an unknown name.
+    """
+    _requested[0] = _known(name, "kernels")
+
+
+@torch.compiler.assume_constant_result  # chosen while tracing: a compiled graph holds one backend
+def backend(op: str, device: str, dtype: torch.dtype) -> str:
+    """Name of the backend that ``op`` uses for values of ``dtype`` on a device of type ``device``.
+
+    Raises UsageError if a backend was asked for by name and cannot serve this.
+    """
+    return _choose(_wanted(), op, device, dtype)
+
+
+def chosen(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
+    """Op -> backend for values of ``dtype`` on ``device``, for the run's record."""
+    return {op: backend(op, device, dtype) for op in sorted(_backends)}
+
+
+@cache
+def library_path() -> Path | None:
+    """The compiled library: LMTRAIN_LIBRARY, else beside the installed package, else under ``build/``.
+
+    Raises UsageError if LMTRAIN_LIBRARY names no file.
+    """
+    if named := os.environ.get("LMTRAIN_LIBRARY"):
+        if not Path(named).is_file():
+            raise UsageError(f"LMTRAIN_LIBRARY={named}: no such file; unset it or build with `{BUILD_COMMAND}`")
+        return Path(named)
+    spec = importlib.util.find_spec("lmtrain")
+    # an editable install keeps sources and library in two folders: the package's __file__ would find only one
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or []) if spec] if spec else []
+    builds = [build for folder in folders for build in sorted(folder.parent.glob("build/*/"))]
+    found = (folder / name for folder in folders + builds for name in _FILE_NAMES)
+    return next((path for path in found if path.is_file()), None)
+
+
+@cache
+def load() -> str | None:
+    """Load the compiled library once. Returns None, or why it cannot be used (said once, with the build command)."""
+    path = library_path()
+    reason = f"the compiled library is not built; build it with `{BUILD_COMMAND}`"
+    if path is not None:
+        try:
+            torch.ops.load_library(path)
+            return None
+        except OSError as error:
+            reason = f"{path} does not load ({error}); rebuild it with `{BUILD_COMMAND}`"
+    log.warning("%s; ops run their slower pure-torch reference", reason)
+    return reason
+
+
+@cache
+def _choose(wanted: str, op: str, device: str, dtype: torch.dtype) -> str:
+    candidates = _backends[op]
+    named = next((candidate for candidate in candidates if candidate.name == wanted), None)
+    if named is not None:
+        if why := named.refusal(device, dtype):
+            raise UsageError(f"{op}: backend {wanted} asked for, but {why}; or choose kernels=auto")
+        return named.name
+    return next(candidate.name for candidate in candidates if candidate.refusal(device, dtype) is None)
+
+
+def _wanted() -> str:
+    return _known(os.environ.get("LMTRAIN_KERNELS") or _requested[0], "LMTRAIN_KERNELS")
+
+
+def _known(name: str, origin: str) -> str:
+    if name not in KERNELS:
+        raise UsageError(f"{origin}={name}: no such backend{nearest(name, KERNELS)}")
+    return name
+
+
+def _spell(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

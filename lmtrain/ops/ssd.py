@@ -1,0 +1,186 @@
+"""State-space duality: the scalar-decay scan of Mamba-2, RetNet and lightning attention (arXiv 2405.21060).
+
+    S_t = exp(log_a_t) S_{t-1} + B_t x_t^T          y_t = S_t^T C_t
+
+x ``[B, T, H, P]`` (already times dt), log_a ``[B, T, H]`` <= 0, B and C ``[B, T, G, N]`` with head h reading group
+``h // (H / G)``, state ``[B, H, N, P]``. A document's first token sees S_{t-1} = 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmtrain.ops.documents import Documents
+from lmtrain.ops.op import AffineOp, Cost, check_shape, compute_dtype
+
+
+def _starts(x: Tensor, docs: Documents | None) -> Tensor:
+    return x.new_zeros(x.shape[:2], dtype=torch.bool) if docs is None else docs.starts()
+
+
+def _scale(factor: Tensor, state: Tensor) -> Tensor:
+    """``factor . state`` over the leading dims of ``state``, 0 where the factor is 0 even if the state is not finite."""
+    factor = factor[..., None, None]
+    return torch.where(factor == 0, state.new_zeros(()), factor * state)
+
+
+def recurrence(
+    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, docs: Documents | None, initial_state: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The definition, one token after another."""
+    dtype = compute_dtype(x)
+    heads = x.shape[2] // b.shape[2]
+    values, decay = x.to(dtype), log_a.to(dtype).exp()
+    keys, queries = (t.to(dtype).repeat_interleave(heads, dim=2) for t in (b, c))
+    state = keys.new_zeros(x.shape[0], x.shape[2], b.shape[3], x.shape[3])
+    state = state if initial_state is None else initial_state.to(dtype)
+    starts = _starts(x, docs)
+    outputs = []
+    for t in range(x.shape[1]):
+        state = torch.where(starts[:, t, None, None, None], state.new_zeros(()), state)
+        state = decay[:, t, :, None, None] * state + keys[:, t, :, :, None] * values[:, t, :, None, :]
+        outputs.append(torch.einsum("bhnp,bhn->bhp", state, queries[:, t]))
+    y = torch.stack(outputs, dim=1) if outputs else values
+    return y.to(x.dtype), state
+
+
+def chunked(
+    x: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    docs: Documents | None,
+    initial_state: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """The same by matrix products within chunks and a fold over chunks.
+
+    Decays are summed within one document only, never over a border and masked afterwards: documents stay independent
+    to the bit.
+    """
+    batch, length, num_heads, head_dim = x.shape
+    groups, d_state = b.shape[2], b.shape[3]
+    heads = num_heads // groups
+    dtype = compute_dtype(x)
+    count = -(-length // chunk)
+    pad = count * chunk - length
+
+    def chunks(t: Tensor, *shape: int) -> Tensor:
+        t = t.to(dtype) if t.dtype != torch.bool else t
+        t = F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if pad else t
+        return t.reshape(batch, count, chunk, *shape)
+
+    values = chunks(x, groups, heads, head_dim).permute(0, 1, 3, 4, 2, 5)  # [B, n, G, R, Q, P]
+    logs = chunks(log_a, groups, heads).permute(0, 1, 3, 4, 2)  # [B, n, G, R, Q]
+    keys, queries = (chunks(t, groups, d_state).permute(0, 1, 3, 2, 4)[:, :, :, None] for t in (b, c))  # [B,n,G,1,Q,N]
+    run = chunks(_starts(x, docs)).cumsum(dim=2)  # documents opened so far in the chunk [B, n, Q]
+
+    lower = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
+    same = ((run[:, :, :, None] == run[:, :, None, :]) & lower)[:, :, None, None]  # [B, n, 1, 1, Q, Q]
+    zero = logs.new_zeros(())
+    between = torch.where(same & lower.tril(-1), logs[..., :, None], zero).cumsum(dim=-2)
+    decay = torch.where(same, between.exp(), zero)  # e^{log_a summed over (j, i]}
+    y = ((queries @ keys.mT) * decay) @ values
+
+    ends = keys.mT @ (decay[..., -1, :, None] * values)  # what each chunk adds to the state [B, n, G, R, N, P]
+    carried = (run == 0)[:, :, None, None]  # tokens of the document that entered the chunk
+    reach = torch.where(carried, torch.where(carried, logs, zero).cumsum(dim=-1).exp(), zero)
+    gamma = reach[..., -1]  # [B, n, G, R]
+    state = ends.new_zeros(ends[:, 0].shape) if count else x.new_zeros(batch, groups, heads, d_state, head_dim, dtype=dtype)
+    if initial_state is not None:
+        state = initial_state.to(dtype).reshape(state.shape)
+    entering = []
+    for n in range(count):
+        entering.append(state)
+        state = _scale(gamma[:, n], state) + ends[:, n]
+    if count:
+        y = y + reach[..., None] * (queries @ torch.stack(entering, dim=1))
+    y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, count * chunk, num_heads, head_dim)[:, :length]
+    return y.to(x.dtype), state.reshape(batch, num_heads, d_state, head_dim)
+
+
+class SSD(AffineOp):
+    """See the module. ``docs`` resets the state; ``initial_state`` ``[B, H, N, P]`` in the computing dtype."""
+
+    name = "ssd"
+    kind = "scalar"
+    needs_state = False
+
+    def __call__(
+        self,
+        *inputs: Tensor | None,
+        docs: Documents | None = None,
+        initial_state: Tensor | None = None,
+        **static: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """``(x, log_a, B, C)`` to y ``[B, T, H, P]`` in x's dtype and the state after the last column.
+
+        static: ``chunk`` (default 64). Raises ValueError for shapes that do not fit.
+        """
+        x, log_a, b, c = self._check(inputs, initial_state)
+        return chunked(x, log_a, b, c, docs, initial_state, static.get("chunk", 64))
+
+    def gamma(self, *inputs: Tensor | None, docs: Documents | None = None) -> Tensor:
+        """``[B, H]``: e to the summed log decay."""
+        x, log_a = inputs[0], inputs[1]
+        assert x is not None and log_a is not None
+        total = log_a.to(compute_dtype(x)).sum(dim=1).exp()
+        return torch.where(_starts(x, docs).any(dim=1)[:, None], total.new_zeros(()), total)
+
+    def apply(self, gamma: Tensor, state: Tensor) -> Tensor:
+        return _scale(gamma, state)
+
+    def transpose(self, gamma: Tensor, grad: Tensor) -> Tensor:
+        return _scale(gamma, grad)
+
+    def outer(self, grad: Tensor, state: Tensor) -> Tensor:
+        return (grad * state).sum(dim=(-2, -1))
+
+    def correct(self, y: Tensor, *inputs: Tensor | None, docs: Documents | None, incoming: Tensor) -> Tensor:
+        x, log_a, _, c = inputs
+        assert x is not None and log_a is not None and c is not None
+        carried = (_starts(x, docs).cumsum(dim=1) == 0)[:, :, None]
+        zero = incoming.new_zeros(())
+        reach = torch.where(carried, torch.where(carried, log_a.to(incoming.dtype), zero).cumsum(dim=1).exp(), zero)
+        grouped = incoming.unflatten(1, (c.shape[2], -1))
+        read = torch.einsum("btgn,bgrnp->btgrp", c.to(incoming.dtype), grouped).flatten(2, 3)
+        return (y.to(incoming.dtype) + reach[..., None] * read).to(y.dtype)
+
+    def step(self, *inputs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
+        """x ``[B, H, P]``, log_a ``[B, H]``, B and C ``[B, G, N]``."""
+        x, log_a, b, c = (t[:, None] for t in inputs if t is not None)
+        y, state = recurrence(x, log_a, b, c, None, state)
+        return y[:, 0], state
+
+    def cost(self, *shapes: tuple[int, ...], chunk: int = 64) -> Cost:
+        """Of ``(x, log_a, B, C)`` shapes."""
+        batch, length, num_heads, head_dim = shapes[0]
+        d_state = shapes[2][-1]
+        tokens = batch * length * num_heads
+        model = tokens * d_state * head_dim * 5  # decay, outer product, add, read
+        within = tokens * chunk * 2 * (d_state + head_dim) + tokens * 3 * chunk
+        between = tokens * 4 * d_state * head_dim
+        moved = 4 * (2 * tokens * head_dim + tokens + 2 * batch * length * shapes[2][2] * d_state)
+        return Cost(model, within + between, moved)
+
+    def _check(self, inputs: tuple[Tensor | None, ...], initial_state: Tensor | None) -> tuple[Tensor, ...]:
+        if len(inputs) != 4 or any(t is None for t in inputs):
+            raise ValueError("ssd: inputs: expected (x, log_a, B, C)")
+        x, log_a, b, c = (t for t in inputs if t is not None)
+        check_shape(self.name, "x", x, (None, None, None, None))
+        batch, length, num_heads, head_dim = x.shape
+        check_shape(self.name, "log_a", log_a, (batch, length, num_heads))
+        check_shape(self.name, "B", b, (batch, length, None, None))
+        check_shape(self.name, "C", c, tuple(b.shape))
+        if num_heads % b.shape[2]:
+            raise ValueError(f"ssd: B: expected groups that divide the {num_heads} heads, got {b.shape[2]}")
+        if initial_state is not None:
+            check_shape(self.name, "initial_state", initial_state, (batch, num_heads, b.shape[3], head_dim))
+        return x, log_a, b, c
+
+
+ssd = SSD()
