@@ -10,7 +10,8 @@ import uuid
 from collections.abc import Collection
 from pathlib import Path
 
-from lmtrain.checkpoint.commit import Hasher, canonical, committed, step_of, verify, write_file
+from lmtrain.checkpoint.commit import committed, verify, write_file
+from lmtrain.checkpoint.manifest import Hasher, canonical, step_of
 from lmtrain.checkpoint.storage import LocalStorage, Storage
 from lmtrain.errors import DataError, StorageError
 
@@ -24,7 +25,7 @@ def pin(path: Path, by: str, storage: Storage | None = None) -> None:
     """
     storage = storage or LocalStorage()
     target = _pin_path(path, by)
-    temporary = target.with_name(f".tmp-pin-{uuid.uuid4().hex}")
+    temporary = target.with_name(f"{_PIN}{uuid.uuid4().hex}")
     content = canonical({"format_version": 1, "checkpoint": path.name, "by": by, "created_unix": int(time.time())})
     try:
         write_file(storage, temporary, [content], Hasher("blake2b", hashlib.blake2b))

@@ -31,7 +31,7 @@ class Storage(Protocol):
     def rename(self, source: Path, target: Path) -> None: ...
     def remove(self, path: Path) -> None: ...  # a file, or a directory with all it holds
     def listdir(self, path: Path) -> list[str]: ...
-    def read(self, path: Path, offset: int = 0, size: int | None = None) -> bytearray: ...  # short at the end of the file
+    def read(self, path: Path, offset: int = 0, size: int | None = None) -> bytearray: ...  # short at the end
     def exists(self, path: Path) -> bool: ...
     def is_dir(self, path: Path) -> bool: ...
     def size(self, path: Path) -> int: ...
@@ -42,7 +42,7 @@ class LocalFile:
     """A local file, created exclusively; ``close`` reports what the file system reports then (NFS: no space)."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb")
+        self._file = open(path, "xb")  # noqa: SIM115 (closed by close)
 
     def write(self, data: Bytes) -> None:
         self._file.write(data)
@@ -114,7 +114,8 @@ def check_space(directory: Path, needed: int, storage: Storage | None = None) ->
     wanted = int(SPACE_FACTOR * needed)
     if free < wanted:
         raise StorageError(
-            f"no space for a checkpoint in {directory}: need {wanted:,} bytes ({SPACE_FACTOR} x {needed:,}), free {free:,}"
+            f"no space for a checkpoint in {directory}: need {wanted:,} bytes "
+            f"({SPACE_FACTOR} x {needed:,}), free {free:,}"
         )
 
 

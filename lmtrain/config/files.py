@@ -118,9 +118,15 @@ class Tree:
         return {str(key): value for key, value in tree.items()}
 
     def origin(self, key: str) -> str:
-        """Who set ``key``: exact for a leaf; for an inner key the file, or the command line if it set all of it."""
-        below = {source for leaf, source in self.sources.items() if leaf == key or leaf.startswith(f"{key}.")}
-        return below.pop() if len(below) == 1 else self.file
+        """Who set ``key``, or the keys below it; of a key that nobody set, who wrote the keys around it."""
+        origins = self._origins(key)
+        if not origins:
+            around = self._origins(key.rpartition(".")[0])
+            origins = around if around == {COMMAND_LINE} else {self.file}
+        return " and ".join(sorted(origins, key=lambda origin: (origin == COMMAND_LINE, origin)))
+
+    def _origins(self, key: str) -> set[str]:
+        return {source for leaf, source in self.sources.items() if leaf == key or leaf.startswith(f"{key}.")}
 
     def error(self, key: str, message: str) -> UsageError:
         """A one-line error that cites who set the key."""

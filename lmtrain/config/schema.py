@@ -102,14 +102,16 @@ def accepts(hint: Any, kind: type) -> bool:
     return hint is kind or kind in typing.get_args(hint)
 
 
-def leaves(cls: type, prefix: str = "") -> Iterator[tuple[str, Key]]:
-    """Every key below a settings class with its dotted name; named parts appear as NAME."""
+def every_key(cls: type, kinds: dict[str, type], prefix: str = "") -> Iterator[tuple[str, Key]]:
+    """Every key of a settings class and below, with its dotted name.
+
+    Where the user chooses a name it reads NAME, and under ``model.branches`` the kind stands for it.
+    """
     for key in keys_of(cls).values():
-        inner = settings_class(key.type)
         name = f"{prefix}{key.name}"
-        if inner is None:
-            yield name, key
-        else:
-            yield from leaves(inner, f"{name}.NAME." if typing.get_origin(key.type) is dict else f"{name}.")
-
-
+        yield name, key
+        if is_branches(cls, key.name):
+            for kind, settings in kinds.items():
+                yield from every_key(settings, kinds, f"{name}.{kind}.")
+        elif inner := settings_class(key.type):
+            yield from every_key(inner, kinds, f"{name}.NAME." if typing.get_origin(key.type) is dict else f"{name}.")

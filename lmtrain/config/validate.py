@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 from lmtrain.config.files import Tree
 from lmtrain.config.recipe import RENAMED, SECTIONS, Recipe, branch_kinds, keys
 from lmtrain.config.schema import accepts, keys_of, step, words
-from lmtrain.errors import nearest
+from lmtrain.errors import UsageError, nearest
 
 _ORDER = ("unexpected_keyword_argument", "", "missing", "value_error")
 """What is told first: a misspelt key explains a missing one, and rules between keys come last."""
@@ -48,13 +48,17 @@ def _branch(tree: Tree, key: str, raw: Any) -> Any:
 
 
 def _build(tree: Tree, cls: type, raw: dict[str, Any], prefix: str) -> Any:
+    found: list[_Wrong] = []
     try:
         # Through JSON, where a list is a tuple and nothing else is converted under strict.
         return _adapter(cls).validate_json(json.dumps({"": raw}), strict=True)[""]
     except ValidationError as error:
         found = [_Wrong(cls, details) for details in error.errors()]
+    except UsageError as error:  # a rule of a branch's settings, told as "kind: field: what is wrong"
+        where, message = _field(cls, str(error).removeprefix(f"{raw.get('kind')}: "))
+        raise tree.error((prefix + where).rstrip("."), message) from None
     first = min(found, key=lambda wrong: wrong.rank)
-    raise tree.error(prefix + first.cite(tree, prefix), first.sentence(prefix)) from None
+    raise tree.error((prefix + first.key).rstrip("."), first.sentence(prefix)) from None
 
 
 def _plain(tree: Tree, value: Any, key: str) -> Any:
@@ -73,31 +77,36 @@ def _plain(tree: Tree, value: Any, key: str) -> Any:
     return value
 
 
+def _field(cls: type | None, message: str) -> tuple[str, str]:
+    """A rule's message parted into the key it begins with, if it does, and the rest."""
+    field, _, rest = message.partition(": ")
+    return (field, rest) if cls is not None and field in keys_of(cls) else ("", message)
+
+
 class _Wrong:
     """One pydantic error in the words of the recipe."""
 
     def __init__(self, cls: type, details: ErrorDetails) -> None:
-        self.kind, self.input, self.details = details["type"], details["input"], details
+        self.kind, self.input, self.rule = details["type"], details["input"], ""
         self.path: list[str] = []
         self.parent: type | None = None
         self.hint: Any = cls
+        inside = False
         here: type | None = cls
         for part in details["loc"][1:]:
             into_dict = typing.get_origin(self.hint) is dict
-            if not into_dict and here is None:
-                break  # inside a value: an alternative of a union, an item of a list
+            inside = not into_dict and here is None
+            if inside:
+                break  # an alternative of a union, an item of a list
             self.parent = None if into_dict else here
             here, self.hint = step(here, self.hint, str(part))
             self.path.append(str(part))
+        if self.kind == "value_error":  # a rule of a settings class: "field: what is wrong", or a rule between fields
+            field, self.rule = _field(here, str(details["ctx"]["error"]))
+            self.path += [field] if field else []
         self.key = ".".join(self.path)
-        self.rank = _ORDER.index(self.kind if self.kind in _ORDER else "")
-
-    def cite(self, tree: Tree, prefix: str) -> str:
-        """The key a message names: for a rule of a whole class, the first key it mentions that someone set."""
-        if self.kind == "value_error":
-            inside = [".".join([*self.path, word.strip(":,")]) for word in self.details["msg"].split()]
-            return next((key for key in inside if prefix + key in tree.sources), self.key).strip(".")
-        return self.key
+        self.kind = "" if inside or self.kind not in _ORDER else self.kind
+        self.rank = _ORDER.index(self.kind)
 
     def sentence(self, prefix: str) -> str:
         """What is wrong, and what would be right."""
@@ -113,7 +122,7 @@ class _Wrong:
             key = keys_of(self.parent)[self.path[-1]]
             return f"missing ({words(key.type)}): {key.doc}"
         if self.kind == "value_error":
-            return str(self.details["ctx"]["error"])
+            return self.rule
         return f"expected {words(self.hint)}, got {_show(self.input)}{_fix(self.hint, self.input)}"
 
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lmtrain.ops.cross_entropy import IGNORE
 from lmtrain.ops.documents import Documents
 
-IGNORE = -100
+
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import struct
 from array import array
 from pathlib import Path
 from types import TracebackType
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ class Store:
         self.num_documents = len(documents) - 1
         self._tokens = self._map()
 
-    def _map(self) -> NDArray[np.generic]:
+    def _map(self) -> NDArray[np.integer]:
         path = self.prefix + ".bin"
         expected = self.num_tokens * self.dtype.itemsize
         try:
@@ -129,7 +130,7 @@ class StoreWriter:
         self.dtype = dtype or smallest_dtype(vocab_size)
         self.num_tokens = 0
         self.lengths = array("i")
-        self._bin = open(self.prefix + ".bin.partial", "wb")
+        self._bin = Path(self.prefix + ".bin.partial").open("wb")
 
     def add(self, tokens: NDArray[np.integer]) -> None:
         """Append one document, integers ``[n]``."""
@@ -173,15 +174,14 @@ def index_bytes(dtype: np.dtype, lengths: NDArray[np.integer], documents: NDArra
     offsets = np.zeros(len(lengths), dtype="<i8")
     np.cumsum(lengths[:-1], out=offsets[1:], dtype="<i8")
     header = HEADER.pack(MAGIC, 1, code, len(lengths), len(documents))
-    return b"".join(
-        [header, lengths.astype("<i4").tobytes(), (offsets * dtype.itemsize).tobytes(), documents.astype("<i8").tobytes()]
-    )
+    arrays = (lengths.astype("<i4"), offsets * dtype.itemsize, documents.astype("<i8"))
+    return header + b"".join(part.tobytes() for part in arrays)
 
 
 def _parse_index(data: bytes, path: str) -> tuple[np.dtype, NDArray[np.int64], NDArray[np.int64]]:
     """dtype, lengths and document array of an index, each checked."""
     if data.startswith(OLD_MAGIC):
-        raise DataError(f"{path}: an old TNTIDX (cached/lazy) index; convert it with Megatron-LM's own tools to MMIDIDX")
+        raise DataError(f"{path}: an old TNTIDX (cached/lazy) index; convert it to MMIDIDX with Megatron-LM's tools")
     if not data.startswith(MAGIC) or len(data) < HEADER.size:
         raise DataError(f"{path}: not a Megatron index: expected magic {MAGIC!r}, found {data[:9]!r}")
     _, version, code, sequences, borders = HEADER.unpack_from(data)
@@ -216,7 +216,7 @@ def _read_bytes(path: str) -> bytes:
         raise DataError(f"{path}: {error.strerror}") from None
 
 
-def _sync_close(file) -> None:  # type: ignore[no-untyped-def]
+def _sync_close(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
     file.close()

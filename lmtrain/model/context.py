@@ -64,9 +64,14 @@ class LocalContext:
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None
     ) -> tuple[Tensor, Cache | None]:
         if cache:
-            k, v = torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
+            k, v = join(cache, k, v)
         o, _ = attention(q, k, v, positions=self.positions, window=window, scale=scale)
         return o, keep(k, v, window) if self.carries else None
+
+
+def join(cache: Cache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values with the cached columns to their left."""
+    return torch.cat([cache["k"], k], dim=1), torch.cat([cache["v"], v], dim=1)
 
 
 def keep(k: Tensor, v: Tensor, window: int | None) -> Cache:

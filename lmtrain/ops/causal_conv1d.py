@@ -8,6 +8,7 @@ where columns left of the row come from the carried tail, and a column of anothe
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import Cost, Op, check_shape, compute_dtype
 
 ACTIVATIONS = ("none", "silu")
+MAX_WIDTH = 16
 
 
 class CausalConv1d(Op):
@@ -98,8 +100,8 @@ def _check(
     batch, length, channels = x.shape
     check_shape(name, "weight", weight, (channels, None))
     width = weight.shape[1]
-    if width < 1:
-        raise ValueError(f"{name}: weight: expected at least one tap, got width 0")
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"{name}: weight: expected 1 to {MAX_WIDTH} taps, got {width}")
     if bias is not None:
         check_shape(name, "bias", bias, (channels,))
     if tail is not None:
@@ -153,24 +155,16 @@ def _fake_backward(
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), state
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     *tensors, ctx.activation = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad_y: Tensor, grad_tail: Tensor):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors
-    x, weight, bias, positions, tail = saved
-    grads = torch.ops.lmtrain.causal_conv1d_backward(grad_y, grad_tail, *saved, ctx.activation)
-    grad_x, grad_weight, grad_bias, grad_initial = grads
-    return (
-        grad_x,
-        grad_weight,
-        None if bias is None else grad_bias,
-        None,
-        None if tail is None else grad_initial,
-        None,
-    )
+def _backward(ctx: Any, grad_y: Tensor, grad_tail: Tensor) -> tuple[Tensor | None, ...]:
+    _, _, bias, _, tail = ctx.saved_tensors
+    backward = torch.ops.lmtrain.causal_conv1d_backward
+    grad_x, grad_weight, grad_bias, grad_initial = backward(grad_y, grad_tail, *ctx.saved_tensors, ctx.activation)
+    return grad_x, grad_weight, None if bias is None else grad_bias, None, None if tail is None else grad_initial, None
 
 
 library.register(

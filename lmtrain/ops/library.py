@@ -2,7 +2,7 @@
 
 Every op registers its backends in a fixed order, best first, ``reference`` (pure torch) last. ``auto`` takes the first
 that is present and serves the device and dtype. A backend asked for by name is used by every op that has one of that
-name, or refused: nothing falls back silently from an explicit wish.
+name, or refused: nothing falls back silently from an explicit wish. Ops without one of that name choose as in ``auto``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Backend:
     """One implementation of an op.
 
     device: the device type it serves, None for any. dtypes: the dtypes of the values it serves, None for any.
-    missing: returns why it cannot be used here, None if it can; called once per process.
+    missing: returns why it cannot be used here, None if it can.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Backend:
 
 
 _backends: dict[str, tuple[Backend, ...]] = {}
-_requested: list[str] = ["auto"]
+_requested = "auto"
 
 
 def register(op: str, *backends: Backend) -> None:
@@ -64,7 +64,8 @@ def set_kernels(name: str) -> None:
 
     Raises UsageError for an unknown name.
     """
-    _requested[0] = _known(name, "kernels")
+    global _requested
+    _requested = _known(name, "kernels")
 
 
 @torch.compiler.assume_constant_result  # chosen while tracing: a compiled graph holds one backend
@@ -91,9 +92,9 @@ def library_path() -> Path | None:
         if not Path(named).is_file():
             raise UsageError(f"LMTRAIN_LIBRARY={named}: no such file; unset it or build with `{BUILD_COMMAND}`")
         return Path(named)
-    spec = importlib.util.find_spec("lmtrain")
     # an editable install keeps sources and library in two folders: the package's __file__ would find only one
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or []) if spec] if spec else []
+    spec = importlib.util.find_spec("lmtrain")
+    folders = [Path(folder) for folder in (spec and spec.submodule_search_locations) or []]
     builds = [build for folder in folders for build in sorted(folder.parent.glob("build/*/"))]
     found = (folder / name for folder in folders + builds for name in _FILE_NAMES)
     return next((path for path in found if path.is_file()), None)
@@ -120,13 +121,17 @@ def _choose(wanted: str, op: str, device: str, dtype: torch.dtype) -> str:
     named = next((candidate for candidate in candidates if candidate.name == wanted), None)
     if named is not None:
         if why := named.refusal(device, dtype):
-            raise UsageError(f"{op}: backend {wanted} asked for, but {why}; or choose kernels=auto")
+            raise UsageError(f"{op}: backend {wanted} was asked for, but {why}; or choose kernels=auto")
         return named.name
+    available = {backend.name for backends in _backends.values() for backend in backends}
+    if wanted not in available | {"auto"}:
+        raise UsageError(f"{op}: backend {wanted} was asked for, but no op has it{nearest(wanted, available)}")
     return next(candidate.name for candidate in candidates if candidate.refusal(device, dtype) is None)
 
 
 def _wanted() -> str:
-    return _known(os.environ.get("LMTRAIN_KERNELS") or _requested[0], "LMTRAIN_KERNELS")
+    named = os.environ.get("LMTRAIN_KERNELS")
+    return _known(named, "LMTRAIN_KERNELS") if named else _requested
 
 
 def _known(name: str, origin: str) -> str:

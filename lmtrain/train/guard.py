@@ -31,12 +31,10 @@ class SkipGuard:
         self.in_a_row.append(step)
         self.total += 1
         if len(self.in_a_row) >= self.max_skipped:
-            before = "no step was accepted before" if self.last_step is None else (
-                f"the last accepted loss was {self.last_loss:.4f} at step {self.last_step}"
-            )
+            last = "none" if self.last_step is None else f"{self.last_loss:.4f} at step {self.last_step}"
             raise UnhealthyError(
-                f"steps {', '.join(map(str, self.in_a_row))} were skipped ({skipped}); {before}. Resume from the newest "
-                "checkpoint with a lower train.lr or train.optimizer.clip_norm, or other data"
+                f"steps {', '.join(map(str, self.in_a_row))} were skipped ({skipped}); last accepted loss: {last}. "
+                "Look at grad_norm in metrics.jsonl before these steps; a lower train.lr or a longer warm-up may help"
             )
 
     def state_dict(self) -> dict[str, Any]:

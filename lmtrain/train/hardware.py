@@ -28,13 +28,15 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
         raise UsageError(f"device=cuda: torch {torch.__version__} sees no GPU; install a CUDA build or use device=cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local_rank >= count:
-        raise UsageError(f"device={device}: this is local rank {local_rank}, but torch sees {count} GPUs; use "
-                         f"--nproc-per-node {count} or device=cpu")  # fmt: skip
+        raise UsageError(
+            f"device={device}: local rank {local_rank} has no GPU, torch sees {count}; "
+            f"use --nproc-per-node {count} or device=cpu"
+        )
     return torch.device("cuda", local_rank)
 
 
 def resolve_dtype(dtype: Literal["auto", "float32", "bfloat16", "float64"], device: torch.device) -> torch.dtype:
-    """The compute dtype; auto is bfloat16 on GPUs and on CPUs that multiply it fast (AVX512-BF16, AMX), else float32."""
+    """The compute dtype; auto: bfloat16 on GPUs and on CPUs that multiply it fast (AVX512-BF16, AMX), else float32."""
     if dtype != "auto":
         return DTYPES[dtype]
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -69,8 +71,12 @@ def describe(device: torch.device) -> dict[str, Any]:
     gpu = None
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        gpu = {"name": properties.name, "count": torch.cuda.device_count(), "memory_bytes": properties.total_memory,
-               "capability": f"{properties.major}.{properties.minor}"}  # fmt: skip
+        gpu = {
+            "name": properties.name,
+            "count": torch.cuda.device_count(),
+            "memory_bytes": properties.total_memory,
+            "capability": f"{properties.major}.{properties.minor}",
+        }
     return {
         "host": platform.node(),
         "system": platform.platform(),

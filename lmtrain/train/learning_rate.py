@@ -36,13 +36,13 @@ def check(cfg: ScheduleConfig, total: int) -> None:
         )
     if cfg.kind == "cosine":
         if cfg.decay_tokens is not None:
-            raise UsageError("train.schedule.decay_tokens: only kind wsd has a decay of its own; remove it or set kind=wsd")
+            raise UsageError("train.schedule.decay_tokens: applies to kind wsd only; remove it or set kind=wsd")
         return
     decay = _decay_tokens(cfg, total)
     if not 0 <= decay <= total - cfg.warmup_tokens:
         raise UsageError(
-            f"train.schedule.decay_tokens: warm-up {cfg.warmup_tokens:,} + decay {decay:,} tokens must fit into the run's "
-            f"{total:,}; set decay_tokens to at most {total - cfg.warmup_tokens:,}"
+            f"train.schedule.decay_tokens: warm-up {cfg.warmup_tokens:,} + decay {decay:,} tokens must fit into "
+            f"the run's {total:,}; set decay_tokens to at most {total - cfg.warmup_tokens:,}"
         )
 
 

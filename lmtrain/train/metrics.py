@@ -1,4 +1,4 @@
-"""metrics.jsonl, the primary record of a run: appended row by row, read back without dead timelines (docs/formats.md)."""
+"""metrics.jsonl, the record of a run: appended row by row, read back without dead timelines (docs/formats.md)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lmtrain.errors import DataError, StorageError
 
 FORMAT_VERSION = 1
 STEP_KEYS = frozenset(
-    "loss grad_norm lr tokens_per_second mfu memory_bytes data_wait_seconds token_hash".split()
+    {"loss", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_bytes", "data_wait_seconds", "token_hash"}
 )
 """What every row of kind ``step`` has besides ``kind step tokens attempt``."""
 

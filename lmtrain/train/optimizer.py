@@ -42,7 +42,7 @@ def set_lr(optimizer: AdamW, lr: float) -> None:
 def optimizer_tensors(optimizer: AdamW, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The moments themselves (no copies) as ``optimizer.exp_avg.NAME`` and ``optimizer.exp_avg_sq.NAME``.
 
-    A parameter that was never stepped gets zero state first, as AdamW would give it: the keys do not depend on progress.
+    A parameter never stepped gets zero state first, as AdamW would give it: the keys do not depend on progress.
     """
     _create_state(optimizer)
     return {f"optimizer.{key}.{name}": optimizer.state[param][key] for key in MOMENTS for name, param in named.items()}
@@ -54,7 +54,7 @@ def step_count(optimizer: AdamW) -> int:
     # One device-to-host copy for all parameters.
     counts = torch.stack([state["step"] for state in optimizer.state.values()]).unique().tolist()
     if len(counts) != 1:
-        raise ValueError(f"optimizer steps differ between parameters ({counts}): one of them had no gradient in some step")
+        raise ValueError(f"optimizer steps differ ({counts}): some parameter had no gradient in some step")
     return int(counts[0])
 
 

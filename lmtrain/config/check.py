@@ -1,0 +1,58 @@
+"""Rules between rooms, which no dataclass can see alone. What needs the world or the data is checked where it is known."""
+
+from __future__ import annotations
+
+import torch
+
+from lmtrain.config.files import COMMAND_LINE, Tree
+from lmtrain.config.recipe import Launch, Recipe
+from lmtrain.errors import UsageError
+from lmtrain.model.branch import Place, branch_class
+from lmtrain.parallel.config import ClusterConfig
+
+
+def check(recipe: Recipe, cluster: ClusterConfig, launch: Launch, tree: Tree, cluster_tree: Tree) -> None:
+    """Raises UsageError for settings that are each right and together wrong."""
+    _length(recipe, tree)
+    _model(recipe, tree)
+    if not recipe.data.sources:
+        raise tree.error("data.sources", "no sources; name at least one, e.g. data.sources.code.path=data/demo/code")
+    if cluster.mesh.sp > 1 and recipe.data.seq_len % cluster.mesh.sp:
+        message = f"{cluster.mesh.sp} ranks cannot cut data.seq_len {recipe.data.seq_len} into equal parts"
+        raise cluster_tree.error("mesh.sp", message)
+    if launch.init_from and launch.branch_from:
+        raise UsageError(f"{COMMAND_LINE}: init_from and branch_from: give one (weights only, or the whole state)")
+
+
+def _length(recipe: Recipe, tree: Tree) -> None:
+    train, data = recipe.train, recipe.data
+    if (train.steps is None) == (train.tokens is None):
+        if train.steps is None:
+            raise tree.error("train", "how long? give one of steps (optimizer steps) and tokens")
+        last = "steps" if tree.origin("train.tokens") == COMMAND_LINE else "tokens"
+        raise tree.error("train", f"steps and tokens are both set; keep one (e.g. train.{last}=null)")
+    if train.batch_tokens % data.seq_len:
+        rows = max(1, round(train.batch_tokens / data.seq_len))
+        message = f"{train.batch_tokens} is no multiple of data.seq_len {data.seq_len} (nearest: {rows * data.seq_len})"
+        raise tree.error("train.batch_tokens", message)
+    total = train.tokens if train.steps is None else train.steps * train.batch_tokens
+    for name in ("warmup_tokens", "decay_tokens"):
+        value = getattr(train.schedule, name)
+        if total is not None and value is not None and value > total:
+            raise tree.error(f"train.schedule.{name}", f"{value} is more than the {total} tokens of the run")
+
+
+def _model(recipe: Recipe, tree: Tree) -> None:
+    model = recipe.model
+    try:
+        order = model.order()
+    except UsageError as error:
+        raise tree.error("model.pattern", str(error).removeprefix("model.pattern: ")) from error
+    with torch.device("meta"):  # built without memory: a branch knows best whether it fits this width
+        for name in sorted(set(order)):
+            settings = model.branches[name]
+            try:
+                branch_class(settings.kind)(settings, model.d_model, Place(0, len(order)))
+            except UsageError as error:
+                message = str(error).removeprefix(f"{settings.kind}: ")
+                raise tree.error(f"model.branches.{name}", message) from error

@@ -1,0 +1,77 @@
+"""Held-out text as batches: every token of it a target once, and what is needed to turn nats into bits per byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from lmtrain.data.batch import Batch, make_batch
+from lmtrain.data.config import DataConfig
+from lmtrain.data.sources import Source, open_sources
+from lmtrain.data.tokenizer import Tokenizer
+
+
+class Heldout:
+    """The held-out documents of every source that has some (a foreign pair has none).
+
+    max_tokens: per source, at most this many tokens, in whole documents from the first on (at least one); None: all.
+
+    source_names: those with held-out text. By name: ``num_tokens``; ``num_unpredicted``, the first tokens of documents,
+    never a target: charge each log2(vocab_size) bits, so that bits per byte is the length of a real code; and
+    ``bytes_of_text``, the UTF-8 bytes of those documents.
+    """
+
+    def __init__(self, cfg: DataConfig, max_tokens: int | None = None) -> None:
+        tokenizer = Tokenizer.load(cfg.tokenizer)
+        self.seq_len = cfg.seq_len
+        self.vocab_size = tokenizer.vocab_size
+        self.source_names: list[str] = []
+        self.num_tokens: dict[str, int] = {}
+        self.num_unpredicted: dict[str, int] = {}
+        self.bytes_of_text: dict[str, int] = {}
+        self._sources: dict[str, tuple[int, Source]] = {}
+        for number, source in enumerate(open_sources(cfg, tokenizer)):
+            if source.heldout is None or source.manifest is None or source.heldout.num_tokens == 0:
+                continue
+            starts = source.heldout.document_starts
+            documents = len(starts) - 1
+            if max_tokens is not None:
+                documents = max(int(np.searchsorted(starts, max_tokens, side="right")) - 1, 1)
+            self.source_names.append(source.name)
+            self.num_tokens[source.name] = int(starts[documents])
+            self.num_unpredicted[source.name] = int((np.diff(starts[: documents + 1]) > 0).sum())
+            self.bytes_of_text[source.name] = sum(source.manifest.heldout.bytes[:documents])
+            self._sources[source.name] = (number, source)
+
+    def batches(self, source: str, rows: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
+        """This rank's batches of ``rows`` rows of seq_len; every rank has equally many.
+
+        ``block`` is the row's number in the source, -1 for a row of padding; ``source`` is the id of training batches.
+        """
+        number, opened = self._sources[source]
+        assert opened.heldout is not None
+        store, total, length = opened.heldout, self.num_tokens[source], self.seq_len
+        num_rows = -(-(total - 1) // length)
+        for batch in range(-(-num_rows // (rows * dp_size))):
+            tokens = np.zeros((rows, length + 1), dtype=np.int32)
+            ids = np.zeros_like(tokens)
+            padding = np.ones(tokens.shape, dtype=bool)
+            block = np.full(rows, -1, dtype=np.int64)
+            first = (batch * dp_size + dp_rank) * rows
+            for row, index in enumerate(range(first, min(first + rows, num_rows))):
+                start = index * length
+                count = min(length + 1, total - start)
+                tokens[row, :count] = store.tokens(start, count)
+                ids[row, :count] = store.document_ids(start, count)
+                ids[row, count:] = ids[row, count - 1] + 1
+                padding[row, :count] = False
+                block[row] = index
+            yield make_batch(
+                torch.from_numpy(tokens),
+                torch.from_numpy(ids),
+                source=torch.full((rows, length), number, dtype=torch.int32),
+                block=torch.from_numpy(block),
+                padding=torch.from_numpy(padding),
+            )

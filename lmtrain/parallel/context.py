@@ -1,0 +1,86 @@
+"""The Context of a row that is cut over ranks: what LocalContext does, by exchanges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lmtrain.errors import UsageError
+from lmtrain.model.context import Cache, Context, LocalContext, Phase, join, keep
+from lmtrain.ops.attention import attention
+from lmtrain.ops.documents import Documents
+from lmtrain.ops.op import AffineOp
+from lmtrain.parallel.exchange import GatherSequence, Halo, PrefixState, from_heads, to_heads
+
+
+class SequenceContext:
+    """One rank's contiguous shard of every row (``docs.cut``); see ``lmtrain.model.context.Context``.
+
+    method: how softmax attention crosses shards; ``heads`` where ``sp`` divides the key heads, else ``gather``; ``auto``
+    takes heads where they divide and nothing is carried.
+    """
+
+    def __init__(
+        self, docs: Documents, group: dist.ProcessGroup, method: str, phase: Phase = "train", carries: bool = False
+    ) -> None:
+        assert docs.whole is not None, "a shard's documents come from Documents.cut"
+        self.docs = docs
+        self.positions = docs.positions()
+        self.row_positions = docs.whole.positions()
+        self.phase = phase
+        self.carries = carries
+        self.group = group
+        self.method = method
+
+    def scan(self, op: AffineOp, *inputs: Tensor, initial_state: Tensor | None, **static: Any) -> tuple[Tensor, Tensor]:
+        gamma, state, y = None, None, None
+        if op.needs_state:
+            span = op.span(*inputs, docs=self.docs)
+            gamma, state = span.gamma, span.state
+        else:
+            y, state = op(*inputs, docs=self.docs, initial_state=None, **static)
+            gamma = op.gamma(*inputs, docs=self.docs)
+        incoming, final = PrefixState.apply(op, self.group, gamma, state, initial_state)
+        if y is None:
+            y, _ = op(*inputs, docs=self.docs, initial_state=incoming, **static)
+        else:
+            y = op.correct(y, *inputs, docs=self.docs, incoming=incoming)
+        return y, final
+
+    def halo(self, x: Tensor, width: int, tail: Tensor | None) -> tuple[Tensor, Tensor]:
+        if x.shape[1] < width:
+            raise UsageError(f"sp: a shard of {x.shape[1]} columns is shorter than the {width} a convolution looks back")
+        return Halo.apply(x, width, tail, self.group)
+
+    def attention(
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None
+    ) -> tuple[Tensor, Cache | None]:
+        carried = self.carries or bool(cache)
+        divides = k.shape[2] % self.group.size() == 0
+        heads = self.method == "heads" or (self.method == "auto" and divides and not carried)
+        if heads and (carried or not divides):
+            why = "state is carried" if carried else f"{k.shape[2]} key heads do not divide by sp {self.group.size()}"
+            raise UsageError(f"sp_attention=heads: {why}; use sp_attention=gather or auto")
+        if heads:
+            q, k, v = to_heads([q, k, v], self.group)
+            o, _ = attention(q, k, v, positions=self.row_positions, window=window, scale=scale)
+            return from_heads(o, self.group), None
+        k, v = GatherSequence.apply(k, self.group), GatherSequence.apply(v, self.group)
+        held = 0
+        if cache:
+            held = cache["k"].shape[1]
+            k, v = join(cache, k, v)
+        offset = held + self.group.rank() * q.shape[1]
+        o, _ = attention(q, k, v, positions=self.positions, window=window, scale=scale, offset=offset)
+        return o, keep(k, v, window) if self.carries else None
+
+
+def make_context(
+    docs: Documents, group: dist.ProcessGroup | None, method: str, phase: Phase = "train", carries: bool = False
+) -> Context:
+    """The context of a batch: local where the row is whole, else of this rank's shard."""
+    if docs.whole is None or group is None:
+        return LocalContext(docs, phase, carries)
+    return SequenceContext(docs, group, method, phase, carries)
