@@ -34,13 +34,11 @@ $(ENVIRONMENT):
 $(PACKAGES): pyproject.toml constraints.txt | $(ENVIRONMENT)
 	@echo "installing the packages of pyproject.toml through constraints.txt (about 2 GB, minutes the first time)"
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p["build-system"]["requires"], "cmake", "ninja", *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
-	@$(PIP) install --no-compile -c constraints.txt -r $(VENV)/requirements.txt
-	@touch $@; echo "packages: $$SECONDS s"
+	@$(PIP) install --no-compile -c constraints.txt -r $(VENV)/requirements.txt && touch $@ && echo "packages: $$SECONDS s"
 
 $(LIBRARY): $(PACKAGES) $(CSRC)
 	@echo "building csrc"
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation -e .
-	@touch $@; echo "csrc: $$SECONDS s"
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation -e . && touch $@ && echo "csrc: $$SECONDS s"
 
 demo: install ## train, resume, evaluate and export a small hybrid on this machine
 	@$(BIN)/python launch/demo.py $(ARGS)

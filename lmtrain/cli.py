@@ -48,3 +48,7 @@ def summary(path: Path) -> str:
     """First line of a file's docstring, read without importing it."""
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
     return docstring.splitlines()[0] if docstring else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

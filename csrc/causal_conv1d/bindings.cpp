@@ -112,9 +112,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     Inputs in(x, weight, bias, positions, tail, activation);
     Tensor y = in.like_x();
     in.p.y = y.mutable_data_ptr();
-    torch::stable::parallel_for(0, num_tasks(in.p), in.grain(), [&](int64_t from, int64_t to) {
-        LM_CPU(causal_conv1d_forward)(in.p, from, to);
-    });
+    const auto kernel = LM_CPU(causal_conv1d_forward);
+    torch::stable::parallel_for(0, num_tasks(in.p), in.grain(),
+                                [&](int64_t from, int64_t to) { kernel(in.p, from, to); });
     return {y, final_tail(in)};
 }
 
@@ -151,9 +151,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const 
     p.grad_x = grad_x.mutable_data_ptr();
     p.grad_tail = grad_tail.mutable_data_ptr();
     p.partial = partial.mutable_data_ptr();
-    torch::stable::parallel_for(0, num_tasks(p), in.grain(), [&](int64_t from, int64_t to) {
-        LM_CPU(causal_conv1d_backward)(p, from, to);
-    });
+    const auto kernel = LM_CPU(causal_conv1d_backward);
+    torch::stable::parallel_for(0, num_tasks(p), in.grain(), [&](int64_t from, int64_t to) { kernel(p, from, to); });
     (p.dtype == DType::f64 ? sum_partials<double> : sum_partials<float>)(p, total.mutable_data_ptr());
     // copies: an op's outputs may not share memory
     Tensor taps = torch::stable::narrow(total, 0, 0, p.width);

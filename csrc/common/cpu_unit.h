@@ -18,7 +18,7 @@ CpuUnit cpu_unit();
 }  // namespace lm
 
 // Declares a kernel function in the namespace of every unit: LM_CPU_DECLARE(void, f, (const Params&, int64_t)).
-// LM_CPU(f) is the active unit's f.
+// LM_CPU(f) is the active unit's f; taken before parallel_for, which swallows the text of an exception.
 #if LM_X86
 #define LM_CPU_DECLARE(result, function, arguments) \
     namespace lm::generic {                         \

@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
 from lmtrain.checkpoint import commit, retention
 from lmtrain.checkpoint import tensors as sharded
@@ -36,7 +35,7 @@ from lmtrain.checkpoint.manifest import (
     read_manifest,
     step_of,
 )
-from lmtrain.checkpoint.ranks import Ranks, as_error
+from lmtrain.checkpoint.ranks import Ranks, as_error, unwrapped
 from lmtrain.checkpoint.storage import LocalStorage, Storage
 from lmtrain.checkpoint.table import METADATA, Signature, check_table, compare, signature, signatures
 from lmtrain.errors import DataError, LmtrainError, StorageError
@@ -168,9 +167,13 @@ class Checkpointer:
         path = self.ranks.on_first(lambda: self._begin(step))
         try:
             writer = sharded.ShardWriter(path, self.ranks.rank, self.ranks.size, self.storage, HASHER)
-            dcp.save(
-                dict(pieces), storage_writer=writer, planner=sharded.PiecePlanner(), process_group=self.ranks.group
-            )
+            with unwrapped():
+                dcp.save(
+                    dict(pieces),
+                    storage_writer=writer,
+                    planner=sharded.PiecePlanner(),
+                    process_group=self.ranks.group,
+                )
             records = self.ranks.together(lambda: (writer.name, writer.record))
             shards = {name: record for name, record in records if record is not None}
             return self.ranks.on_first(lambda: self._commit(path, step, tokens, writer.table, shards, documents))
@@ -220,7 +223,7 @@ class Checkpointer:
     def _retain(self, final: Path) -> None:
         keep = {"keep_last": self.cfg.keep_last, "keep_every": self.cfg.keep_every}
         try:
-            for path in retention.retain(self.storage, self.root, HASHER, protected={final, *self._verified}, **keep):
+            for path in retention.retain(self.storage, self.root, HASHER, protected={final}, **keep):
                 logger.info("deleted %s", path)
         except OSError as error:
             # the new checkpoint stands: what could not be deleted is tried again after the next save
@@ -235,6 +238,7 @@ class Checkpointer:
         but there must be one. Else a checkpoint, or a run folder whose newest is meant. Raises DataError.
         """
         if resume == "false":
+            self._warn_of_newer(None)
             return None
         named = resume not in ("auto", "true")
         candidates = self.ranks.on_first(lambda: self._candidates(Path(resume) if named else self.run_dir))
@@ -249,7 +253,18 @@ class Checkpointer:
                 f"resume={resume}: none of the {len(candidates)} checkpoints in {where} verifies "
                 f"({', '.join(path.name for path in candidates[:5])}); not starting at step 0 beside them"
             )
+        if named and found.parent.absolute() == self.root.absolute():
+            self._warn_of_newer(found)
         return found
+
+    def _warn_of_newer(self, found: Path | None) -> None:
+        there = commit.committed(self.storage, self.root)[:1] if self.ranks.rank == 0 else []
+        if there and (found is None or there[0].name != found.name):
+            logger.warning(
+                "%s is there already: where this run comes to a step that is there and verifies, the old checkpoint "
+                "stays and the new one is dropped; use another run.dir, or branch_from=",
+                there[0],
+            )
 
     def _candidates(self, place: Path) -> list[Path]:
         for root in (place / "checkpoints", place):
@@ -296,10 +311,8 @@ class Checkpointer:
         compare(asked, saved, path)
         planner = dcp.DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         reader = sharded.ShardReader(path, table, self.storage)
-        try:
+        with unwrapped():
             dcp.load(dict(tensors), storage_reader=reader, planner=planner, process_group=self.ranks.group)
-        except CheckpointException as error:
-            raise as_error(error, str(path)) from error
         return documents
 
     def _read_json(self, path: Path) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -49,10 +50,18 @@ class Ranks:
         return result
 
 
+@contextmanager
+def unwrapped() -> Iterator[None]:
+    """Around a call of DCP: raise what the lowest failing rank raised, on all ranks, as an error of this house."""
+    try:
+        yield
+    except CheckpointException as error:
+        # a BaseException, which no ``except Exception`` sees
+        raise as_error(error.failures[min(error.failures)][0]) from None
+
+
 def as_error(error: BaseException, what: str = "checkpoint") -> LmtrainError:
-    """The one-line error of this house for whatever was raised, here or (by DCP) on another rank."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    """The one-line error of this house for whatever was raised."""
     if isinstance(error, LmtrainError):
         return error
     if isinstance(error, OSError):

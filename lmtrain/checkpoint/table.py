@@ -28,10 +28,11 @@ Signature = tuple[tuple[int, ...], str]  # shape, dtype
 
 
 def signature(name: str, tensor: object) -> Signature:
-    """Shape and dtype as the files name them. Raises TypeError for what cannot be stored."""
-    if not isinstance(tensor, Tensor) or tensor.dtype not in NAMES:
-        what = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"checkpoint tensor {name}: a {what} cannot be stored; what is no tensor goes into a document")
+    """Shape and dtype as the files name them. Raises TypeError for what cannot be stored or filled in place."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"checkpoint tensor {name}: a {type(tensor).__name__} belongs into a document, not here")
+    if tensor.dtype not in NAMES or tensor.is_meta or tensor.layout != torch.strided:
+        raise TypeError(f"checkpoint tensor {name}: {tensor.dtype} {tensor.layout} on {tensor.device} cannot be stored")
     return tuple(tensor.shape), NAMES[tensor.dtype]
 
 

@@ -1,6 +1,11 @@
-"""Rules between rooms, which no dataclass can see alone. What needs the world or the data is checked where it is known."""
+"""Rules between rooms, which no dataclass can see alone.
+
+What needs the world or the data is checked where that is known.
+"""
 
 from __future__ import annotations
+
+import math
 
 import torch
 
@@ -9,6 +14,7 @@ from lmtrain.config.recipe import Launch, Recipe
 from lmtrain.errors import UsageError
 from lmtrain.model.branch import Place, branch_class
 from lmtrain.parallel.config import ClusterConfig
+from lmtrain.train.learning_rate import check as check_schedule
 
 
 def check(recipe: Recipe, cluster: ClusterConfig, launch: Launch, tree: Tree, cluster_tree: Tree) -> None:
@@ -35,11 +41,12 @@ def _length(recipe: Recipe, tree: Tree) -> None:
         rows = max(1, round(train.batch_tokens / data.seq_len))
         message = f"{train.batch_tokens} is no multiple of data.seq_len {data.seq_len} (nearest: {rows * data.seq_len})"
         raise tree.error("train.batch_tokens", message)
-    total = train.tokens if train.steps is None else train.steps * train.batch_tokens
-    for name in ("warmup_tokens", "decay_tokens"):
-        value = getattr(train.schedule, name)
-        if total is not None and value is not None and value > total:
-            raise tree.error(f"train.schedule.{name}", f"{value} is more than the {total} tokens of the run")
+    steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / train.batch_tokens)
+    try:
+        check_schedule(train.schedule, steps * train.batch_tokens)
+    except UsageError as error:
+        key, _, message = str(error).partition(": ")
+        raise tree.error(key, message) from error
 
 
 def _model(recipe: Recipe, tree: Tree) -> None:

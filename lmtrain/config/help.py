@@ -56,8 +56,9 @@ def explain(name: str) -> str:
     found = {dotted: key for cls in SECTIONS.values() for dotted, key in every_key(cls, kinds)}
     branches = {f"model.branches.{kind}": settings for kind, settings in kinds.items()}
     if name not in found and name not in branches:
-        hint = nearest(name, [*found, *branches])
-        raise UsageError(f"help={name}: unknown key{hint if 'did you mean' in hint else '; --help lists the top level'}")
+        close = nearest(name, [*found, *branches])
+        hint = close if "did you mean" in close else "; --help lists the top level"
+        raise UsageError(f"help={name}: unknown key{hint}")
     doc = found[name].doc if name in found else (branches[name].__doc__ or "").strip().splitlines()[0]
     rows = [(f"{name}{_type(found[name])}" if name in found else name, doc)]
     rows += [(f"{dotted}{_type(key)}", key.doc) for dotted, key in found.items() if dotted.startswith(f"{name}.")]

@@ -17,7 +17,8 @@ def render(recipe: Recipe) -> str:
 
 
 def _lines(settings: Any, indent: str) -> Iterator[str]:
-    for key in keys_of(type(settings)).values():
+    cls: type = type(settings)
+    for key in keys_of(cls).values():
         value = getattr(settings, key.name)
         doc = f"  # {key.doc}"
         named = value if isinstance(value, dict) else {}

@@ -1,4 +1,4 @@
-"""What the settings dataclasses say about themselves: fields, types in words, defaults, and the sentence of each key."""
+"""What the settings dataclasses say about themselves: keys, types in words, defaults, and the sentence of each key."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _docs(cls: type) -> dict[str, str]:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
         assert isinstance(tree, ast.ClassDef)
         for field, text in zip(tree.body, tree.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                    docs[field.target.id] = " ".join(str(text.value.value).split())
+            match field, text:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[name] = " ".join(doc.split())
     return docs
 
 

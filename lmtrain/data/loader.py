@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmtrain.data.batch import Batch, make_batch
 from lmtrain.data.config import DataConfig
+from lmtrain.data.processes import die_with_parent
 from lmtrain.data.sampler import Sampler
 from lmtrain.data.schedule import ScheduleLog
 from lmtrain.data.sources import open_sources
@@ -112,7 +110,7 @@ class Loader:
             collate_fn=_unchanged,
             num_workers=self.workers,
             multiprocessing_context="spawn",  # a fork would inherit the run's lock and the threads' locks
-            worker_init_fn=partial(_die_with_parent, os.getpid()),
+            worker_init_fn=partial(_start_worker, os.getpid()),
         ):
             yield rows.step_data()
 
@@ -229,10 +227,5 @@ def _unchanged(rows: Any) -> Any:
     return rows  # DataLoader's own would turn the arrays into tensors in shared memory
 
 
-def _die_with_parent(parent: int, worker: int) -> None:
-    """Let the kernel end this worker when the process that trains is killed, however it is."""
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:
-            os._exit(1)  # it died before the call
+def _start_worker(parent: int, worker: int) -> None:
+    die_with_parent(parent)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
 
 import numpy as np
 import xxhash
@@ -20,12 +19,12 @@ _WORD = re.compile(r"\w+")
 
 def text_digest(text: str) -> bytes:
     """16 bytes, xxh3-128 of the text after NFC, lower-casing and collapsing of white space."""
-    return xxhash.xxh3_128_digest(" ".join(unicodedata.normalize("NFC", text).lower().split()))
+    return xxhash.xxh3_128_digest(" ".join(unicodedata.normalize("NFC", text).lower().split()).encode())
 
 
 def shingles(text: str) -> NDArray[np.uint64]:
     """Hashes of all runs of 13 words, uint64; empty for a shorter text (exact comparison must do for it)."""
-    words = [xxhash.xxh3_64_intdigest(word) for word in _WORD.findall(text.lower())]
+    words = [xxhash.xxh3_64_intdigest(word.encode()) for word in _WORD.findall(text.lower())]
     count = len(words) - SHINGLE + 1
     if count <= 0:
         return np.empty(0, dtype=np.uint64)
@@ -34,12 +33,6 @@ def shingles(text: str) -> NDArray[np.uint64]:
     for i in range(SHINGLE):  # a polynomial in an odd constant, modulo 2^64
         total = total * np.uint64(0x9E3779B97F4A7C15) + hashes[i : i + count]
     return total
-
-
-def shingle_set(texts: Iterable[str]) -> NDArray[np.uint64]:
-    """The shingles of all texts, sorted and distinct."""
-    parts = [np.unique(shingles(text)) for text in texts]
-    return np.unique(np.concatenate(parts)) if parts else np.empty(0, dtype=np.uint64)
 
 
 def overlap(text: str, known: NDArray[np.uint64]) -> float:

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 def write_python_corpus(out: str | Path) -> dict[str, tuple[int, int]]:
-    """Write ``out/{code,reference,cheaders}.jsonl``; returns documents and UTF-8 bytes of each. Same Python, same text."""
+    """Write ``out/{code,reference,cheaders}.jsonl``; returns documents and UTF-8 bytes of each."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_path("stdlib"))
@@ -36,7 +36,9 @@ def write_python_corpus(out: str | Path) -> dict[str, tuple[int, int]]:
         raise DataError(f"{library}: no Python sources there; this Python comes without its library's text")
     code = [{"id": name, "text": text} for name, text in modules.items()]
     docstrings = [
-        {"id": name, "text": text, "train_only": True} for name, module in modules.items() for text in _docstrings(module)
+        {"id": name, "text": text, "train_only": True}
+        for name, module in modules.items()
+        for text in _docstrings(module)
     ]
     include = Path(sysconfig.get_path("include"))
     headers = [{"id": f"include/{name}", "text": text} for name, text in _files(include, ".h")]

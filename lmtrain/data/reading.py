@@ -77,7 +77,7 @@ def find_files(path: str) -> list[Path] | None:
     elif glob.has_magic(path):
         found = (Path(name) for name in glob.glob(path, recursive=True) if os.path.isfile(name))
         root = _fixed_part(path)
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).suffix in (*JSON_LINES, *BUILDERS, ".txt"):
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith((*JSON_LINES, *BUILDERS, ".txt")):
         raise DataError(f"{path}: no such file or folder")
     else:
         return None
@@ -88,6 +88,12 @@ def find_files(path: str) -> list[Path] | None:
     if not files:
         raise DataError(f"{path}: no files there")
     return files
+
+
+def bytes_of_files(options: SourceOptions) -> int | None:
+    """Bytes of the local input files; None for a hub dataset."""
+    files = find_files(options.path)
+    return None if files is None else sum(path.stat().st_size for path in files)
 
 
 def inputs_digest(options: SourceOptions) -> str:
@@ -110,8 +116,8 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}:{offset + error.start}: byte 0x{data[error.start]:02x} is not UTF-8 (offset in bytes); convert the "
-            "file, or leave it out with a glob such as 'DIR/**/*.txt'"
+            f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, or leave "
+            "it out with a glob such as 'DIR/**/*.txt'"
         ) from None
 
 
@@ -138,7 +144,7 @@ def _from_rows(rows: Iterable[Any], options: SourceOptions, where: str) -> Itera
 
 def _document(row: Any, options: SourceOptions, where: str) -> Document:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected an object with a field {options.text_field}, found {type(row).__name__}")
+        raise DataError(f"{where}: expected an object with field {options.text_field}, found {type(row).__name__}")
     if options.text_field not in row:
         raise DataError(
             f"{where}: no field {options.text_field}; fields present: {', '.join(row) or 'none'} (set text_field)"

@@ -101,8 +101,9 @@ def _prepare_command(name: str, out: str) -> str:
 def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:
     entry = source.manifest.tokenizer if source.manifest else None
     if entry and entry.fingerprint != tokenizer.fingerprint:
+        own = Path(source.path).parent / "tokenizer.json"
         raise DataError(
-            f"data.sources.{source.name}: {source.path} was made with tokenizer {entry.name} "
+            f"data.sources.{source.name}: {source.path} was made with tokenizer {own if own.is_file() else entry.name} "
             f"({entry.fingerprint[:12]}), data.tokenizer is {tokenizer.path} ({tokenizer.fingerprint[:12]}); use the "
             f"former, or tokenize again: python launch/prepare.py out=NEW tokenizer={tokenizer.path} "
             f"sources.{source.name}.path=YOUR_TEXT"

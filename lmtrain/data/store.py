@@ -130,7 +130,7 @@ class StoreWriter:
         self.dtype = dtype or smallest_dtype(vocab_size)
         self.num_tokens = 0
         self.lengths = array("i")
-        self._bin = Path(self.prefix + ".bin.partial").open("wb")
+        self._bin = open(self.prefix + ".bin.partial", "wb")  # noqa: SIM115 (closed by close or __exit__)
 
     def add(self, tokens: NDArray[np.integer]) -> None:
         """Append one document, integers ``[n]``."""

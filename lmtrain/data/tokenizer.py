@@ -20,7 +20,8 @@ EOD = "<|endoftext|>"
 EOD_NAMES = (EOD, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Tried in this order where neither the caller nor tokenizer_config.json names the end-of-document token."""
 PROBE = (
-    "def f(x):\n\treturn x + 1  # caf\u00e9 \u00b5 \u4e2d\u6587 \U0001f469\u200d\U0001f680\r\n\x00 1234567 \u2581 e\u0301"
+    "def f(x):\n\treturn x + 1  # caf\u00e9 \u00b5 \u4e2d\u6587 "
+    "\U0001f469\u200d\U0001f680\r\n\x00 1234567 \u2581 e\u0301"
 )
 PIECE = 1 << 20
 """Characters encoded at once: some pattern engines backtrack badly on megabytes of one kind of character."""

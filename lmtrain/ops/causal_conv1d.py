@@ -161,9 +161,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _backward(ctx: Any, grad_y: Tensor, grad_tail: Tensor) -> tuple[Tensor | None, ...]:
-    _, _, bias, _, tail = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
+    _, _, bias, _, tail = saved
     backward = torch.ops.lmtrain.causal_conv1d_backward
-    grad_x, grad_weight, grad_bias, grad_initial = backward(grad_y, grad_tail, *ctx.saved_tensors, ctx.activation)
+    grad_x, grad_weight, grad_bias, grad_initial = backward(grad_y, grad_tail, *saved, ctx.activation)
     return grad_x, grad_weight, None if bias is None else grad_bias, None, None if tail is None else grad_initial, None
 
 

@@ -68,13 +68,17 @@ def set_kernels(name: str) -> None:
     _requested = _known(name, "kernels")
 
 
-@torch.compiler.assume_constant_result  # chosen while tracing: a compiled graph holds one backend
 def backend(op: str, device: str, dtype: torch.dtype) -> str:
     """Name of the backend that ``op`` uses for values of ``dtype`` on a device of type ``device``.
 
     Raises UsageError if a backend was asked for by name and cannot serve this.
     """
     return _choose(_wanted(), op, device, dtype)
+
+
+# a compiled graph holds one backend, chosen while tracing. This is torch.compiler.assume_constant_result, which would
+# import the whole compiler here
+backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def chosen(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:

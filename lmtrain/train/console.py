@@ -6,7 +6,7 @@ import math
 import statistics
 import sys
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -21,6 +21,13 @@ PLAIN_WIDTH = 120
 ETA_STEPS = 100
 
 
+class _Screen(Screen):
+    """rich would end the process, with 1, when the reader of a pipe goes away."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 class Console:
     """Prints to ``stream``; a view of the metrics rows that never stops training (a closed stream ends the printing).
 
@@ -32,7 +39,7 @@ class Console:
         self.total_steps, self.log_every = total_steps, log_every
         stream = sys.stdout if stream is None else stream
         self._terminal = stream.isatty()
-        self._screen: Screen | None = Screen(
+        self._screen: Screen | None = _Screen(
             file=stream,
             force_terminal=self._terminal,
             force_jupyter=False,
@@ -74,7 +81,7 @@ class Console:
     def close(self) -> None:
         """Takes the progress bar away and restores the terminal."""
         if self._progress is not None:
-            self._progress.stop()
+            self._guarded(self._progress.stop)
             self._progress = None
 
     def __enter__(self) -> Console:
@@ -90,15 +97,16 @@ class Console:
             columns = (BarColumn(), TaskProgressColumn(), TextColumn("eta {task.fields[eta]}"))
             self._progress = Progress(*columns, console=self._screen, transient=True, refresh_per_second=2)
             self._progress.add_task("", total=self.total_steps, eta=duration(left))
-            self._progress.start()
+            self._guarded(self._progress.start)
         self._progress.update(self._progress.task_ids[0], completed=step, eta=duration(left))
 
     def _print(self, content: Panel | Text) -> None:
-        if self._screen is None:
-            return
+        if (screen := self._screen) is not None:
+            self._guarded(lambda: screen.print(content, soft_wrap=isinstance(content, Text)))
+
+    def _guarded(self, action: Callable[[], None]) -> None:
         try:
-            self._screen.print(content, soft_wrap=isinstance(content, Text))
-            self._screen.file.flush()
+            action()
         except OSError:
             self._screen = None
 

@@ -1,0 +1,2 @@
+def check(model, *, seq_len, cluster, mesh):
+    return None

@@ -1,0 +1,155 @@
+"""The training loop: read, step, record, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lmtrain.checkpoint.checkpointer import Checkpointer
+from lmtrain.data.heldout import Heldout
+from lmtrain.data.loader import Loader, StepData, token_hash
+from lmtrain.engine.protocol import Engine, StepInfo
+from lmtrain.errors import EXIT_DONE, EXIT_STOPPED
+from lmtrain.parallel.mesh import Mesh
+from lmtrain.train.config import EvalConfig, TrainConfig
+from lmtrain.train.guard import SkipGuard
+from lmtrain.train.hardware import memory_bytes
+from lmtrain.train.heldout_score import bits_per_byte
+from lmtrain.train.learning_rate import learning_rate
+from lmtrain.train.recorder import Recorder
+from lmtrain.train.signals import StopRequest
+
+
+@dataclass
+class Progress:
+    """Where a run stands; with the tensors of the engine, all that a resumed run needs."""
+
+    step: int = 0
+    tokens: int = 0
+    guard: dict[str, Any] = field(default_factory=dict)
+    evaluated: int = -1
+
+
+@dataclass
+class Trainer:
+    """Everything a run is made of, assembled by ``lmtrain.pretrain``. ``train`` returns the exit code.
+
+    recorder: rank 0's records and console; None on the other ranks. peak: FLOP/s of all devices together, or None.
+    """
+
+    train_cfg: TrainConfig
+    eval_cfg: EvalConfig
+    save_every: int
+    total_steps: int
+    flops_per_token: int
+    peak: float | None
+    engine: Engine
+    loader: Loader
+    heldout: Heldout | None
+    rows: int
+    checkpointer: Checkpointer
+    schedule: Mapping[str, Any]
+    mesh: Mesh
+    device: torch.device
+    stop: StopRequest
+    recorder: Recorder | None
+    progress: Progress
+
+    def train(self) -> int:
+        """Run to the last step, or to an agreed stop. Raises UnhealthyError, StorageError."""
+        guard = SkipGuard(self.train_cfg.max_skipped)
+        if self.progress.guard:
+            guard.load_state_dict(self.progress.guard)
+        if self.progress.step == 0 and self.eval_cfg.every:
+            self._evaluate()
+        stopped = False
+        waiting = time.perf_counter()
+        for data in self.loader.steps(self.progress.step, self.total_steps):
+            wait = time.perf_counter() - waiting
+            lr = learning_rate(
+                self.train_cfg.schedule,
+                self.train_cfg.lr,
+                (data.step + 1) * self.train_cfg.batch_tokens,
+                self.total_steps * self.train_cfg.batch_tokens,
+            )
+            info = self._step(data, lr)
+            self.progress.step = data.step + 1
+            self.progress.tokens += info.num_targets
+            self._record(info, lr, wait)
+            guard.observe(self.progress.step, info.loss, info.skipped)
+            self.progress.guard = guard.state_dict()
+            stopped, save = bool(info.flags[0]), bool(info.flags[1])
+            last = self.progress.step == self.total_steps
+            if last or (self.eval_cfg.every and self.progress.step % self.eval_cfg.every == 0):
+                self._evaluate()
+            if last or stopped or save or (self.save_every and self.progress.step % self.save_every == 0):
+                self._save("save" if save else None)
+            self._poll()
+            if stopped:
+                break
+            waiting = time.perf_counter()
+        self.checkpointer.wait()
+        self._poll()
+        if self.recorder and stopped:
+            self.recorder.folder.honoured("stop")
+        return EXIT_STOPPED if stopped and self.progress.step < self.total_steps else EXIT_DONE
+
+    def _step(self, data: StepData, lr: float) -> StepInfo:
+        stop = self.stop.requested
+        save = False
+        if self.recorder:
+            stop, save = stop or self.recorder.folder.requested_stop(), self.recorder.folder.requested_save()
+        mine = self.mesh.sequence_rank == 0  # all ranks of a row read the same blocks: one of them tells their hashes
+        hashes = data.hashes if mine else torch.zeros_like(data.hashes)
+        flags = torch.cat([torch.tensor([int(stop), int(save)]), hashes.flatten()])
+        batches = [batch.cut(self.mesh.sequence_rank, self.mesh.sp) for batch in data.micro_batches]
+        return self.engine.train_step(batches, lr, flags)
+
+    def _record(self, info: StepInfo, lr: float, wait: float) -> None:
+        if self.recorder is None:
+            return
+        seconds = wait + info.seconds
+        speed = self.train_cfg.batch_tokens / seconds
+        values: dict[str, Any] = {
+            "loss": info.loss,
+            "grad_norm": info.grad_norm,
+            "lr": lr,
+            "tokens_per_second": speed,
+            "mfu": None if self.peak is None else speed * self.flops_per_token / self.peak,
+            "memory_bytes": memory_bytes(self.device),
+            "data_wait_seconds": wait,
+            "token_hash": token_hash(info.flags[2:].view(-1, 2)),
+        }
+        for name, (nats, targets) in zip(self.loader.source_names, info.source_loss.tolist(), strict=True):
+            if targets:
+                values[f"source_loss.{name}"] = nats / targets
+        if info.skipped:
+            values["skipped"] = info.skipped
+        self.recorder.step(self.progress.step, self.progress.tokens, values, seconds)
+
+    def _evaluate(self) -> None:
+        if self.heldout is None or not self.heldout.source_names or self.progress.evaluated == self.progress.step:
+            return
+        self.progress.evaluated = self.progress.step
+        values = bits_per_byte(self.engine, self.heldout, self.mesh, self.rows, self.device)
+        if self.recorder:
+            self.recorder.evaluation(self.progress.step, self.progress.tokens, values)
+
+    def _save(self, request: str | None) -> None:
+        if self.recorder:
+            self.recorder.metrics.fsync()
+        tensors, counters = self.engine.state_dict()
+        loop = {"step": self.progress.step, "tokens": self.progress.tokens, "guard": self.progress.guard, **counters}
+        self.checkpointer.save(self.progress.step, tensors, {"loop": loop, "schedule": dict(self.schedule)})
+        if request and self.recorder:
+            self.checkpointer.wait()
+            self.recorder.folder.honoured("save")
+
+    def _poll(self) -> None:
+        while (result := self.checkpointer.poll()) is not None:
+            if self.recorder:
+                self.recorder.saved(result)

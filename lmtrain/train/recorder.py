@@ -1,0 +1,46 @@
+"""Rank 0's records of a run: metrics.jsonl, and its views on the console and in wandb."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lmtrain.checkpoint.checkpointer import SaveResult
+from lmtrain.train.console import Console, scaled
+from lmtrain.train.metrics import MetricsLog
+from lmtrain.train.run_folder import RunFolder
+from lmtrain.train.wandb_view import WandbView
+
+
+@dataclass
+class Recorder:
+    """Every row goes to metrics.jsonl first; console and wandb show the same row."""
+
+    folder: RunFolder
+    metrics: MetricsLog
+    console: Console
+    wandb: WandbView
+
+    def step(self, step: int, tokens: int, values: Mapping[str, Any], seconds: float) -> None:
+        row = self.metrics.step(step, tokens, values)
+        self.console.step(row, seconds)
+        self.wandb.log(row)
+
+    def evaluation(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
+        row = self.metrics.evaluation(step, tokens, values)
+        parts = "  ".join(f"{key.removeprefix('heldout_bpb.')} {value:.4f}" for key, value in values.items())
+        self.console.note(f"held-out bits per byte after step {step}: {parts.replace('heldout_bpb', 'all')}")
+        self.wandb.log(row)
+
+    def saved(self, result: SaveResult) -> None:
+        if result.error is None:
+            size = scaled(result.bytes, 1024)
+            self.console.note(f"checkpoint {result.path.name}: {size} in {result.seconds:.1f} s")
+        else:
+            self.console.note(f"WARNING: no checkpoint of step {result.step}: {result.error}; training goes on")
+
+    def close(self) -> None:
+        self.metrics.close()
+        self.wandb.close()
+        self.console.close()
