@@ -1,1 +1,1 @@
-"""Evaluation: the lm-eval adapter, tasks, probes and statistics; imports as ``lmtrain.eval``."""
+"""Judging a model: what it is compared with and by which measure (installed as ``lmtrain.eval``)."""

@@ -15,7 +15,7 @@ from lmtrain import cli
 ROOT = Path(__file__).parents[1]
 
 # `lmtrain.ops` and `lmtrain.model` must run where only torch is installed
-ROOMS_OF_TORCH_ALONE = ("lmtrain.ops",)
+ROOMS_OF_TORCH_ALONE = ("lmtrain.ops", "lmtrain.model")
 
 FORBID = """
 import importlib.metadata as metadata

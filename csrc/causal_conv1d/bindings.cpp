@@ -91,6 +91,7 @@ Tensor final_tail(const Inputs& in) {
     Tensor result = in.like_tail();
     const int64_t w = p.width - 1;
     const size_t bytes = p.channels * (p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2);
+    if (bytes == 0) return result;
     auto* to = static_cast<char*>(result.mutable_data_ptr());
     for (int64_t b = 0; b < p.batch; ++b) {
         for (int64_t s = p.length - w; s < p.length; ++s, to += bytes) {

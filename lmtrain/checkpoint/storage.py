@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import uuid
@@ -111,7 +112,7 @@ class LocalStorage:
 def check_space(directory: Path, needed: int, storage: Storage | None = None) -> None:
     """Raise StorageError unless ``directory`` has room for ``needed`` bytes and a fifth more."""
     free = (storage or LocalStorage()).free(directory)
-    wanted = int(SPACE_FACTOR * needed)
+    wanted = math.ceil(SPACE_FACTOR * needed)
     if free < wanted:
         raise StorageError(
             f"no space for a checkpoint in {directory}: need {wanted:,} bytes "

@@ -1,6 +1,6 @@
 """Rules between rooms, which no dataclass can see alone.
 
-What needs the world or the data is checked where that is known.
+What needs the world (``lmtrain.parallel.supported``) or the data is checked where that is known.
 """
 
 from __future__ import annotations
@@ -13,19 +13,15 @@ from lmtrain.config.files import COMMAND_LINE, Tree
 from lmtrain.config.recipe import Launch, Recipe
 from lmtrain.errors import UsageError
 from lmtrain.model.branch import Place, branch_class
-from lmtrain.parallel.config import ClusterConfig
 from lmtrain.train.learning_rate import check as check_schedule
 
 
-def check(recipe: Recipe, cluster: ClusterConfig, launch: Launch, tree: Tree, cluster_tree: Tree) -> None:
+def check(recipe: Recipe, launch: Launch, tree: Tree) -> None:
     """Raises UsageError for settings that are each right and together wrong."""
     _length(recipe, tree)
     _model(recipe, tree)
     if not recipe.data.sources:
         raise tree.error("data.sources", "no sources; name at least one, e.g. data.sources.code.path=data/demo/code")
-    if cluster.mesh.sp > 1 and recipe.data.seq_len % cluster.mesh.sp:
-        message = f"{cluster.mesh.sp} ranks cannot cut data.seq_len {recipe.data.seq_len} into equal parts"
-        raise cluster_tree.error("mesh.sp", message)
     if launch.init_from and launch.branch_from:
         raise UsageError(f"{COMMAND_LINE}: init_from and branch_from: give one (weights only, or the whole state)")
 
@@ -60,6 +56,6 @@ def _model(recipe: Recipe, tree: Tree) -> None:
             settings = model.branches[name]
             try:
                 branch_class(settings.kind)(settings, model.d_model, Place(0, len(order)))
-            except UsageError as error:
+            except (UsageError, RuntimeError) as error:  # torch: a size that is negative or overflows
                 message = str(error).removeprefix(f"{settings.kind}: ")
                 raise tree.error(f"model.branches.{name}", message) from error

@@ -57,7 +57,7 @@ def read(path: Path, section: str) -> dict[str, Any]:
     try:
         config = OmegaConf.load(path)
         tree = OmegaConf.to_container(config) if isinstance(config, DictConfig) else None
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         raise UsageError(f"{section} error: {show(path)}: {one_line(error)}") from error
     if not isinstance(tree, dict):
         raise UsageError(f"{section} error: {show(path)}: expected keys with values at the top level")
@@ -100,7 +100,7 @@ class Tree:
             home = owner(key)
             if home not in (None, self.section):
                 raise UsageError(
-                    f"{self.section} error: {label}: {key}: belongs in {HOME[str(home)]}, not in a {self.section}; "
+                    f"{self.section} error: {label}: {key}: belongs {HOME[str(home)]}, not in a {self.section}; "
                     f"remove it here or say {key}=... on the command line"
                 )
 

@@ -58,7 +58,7 @@ def load(argv: list[str]) -> Settings:
     _refuse_newer(recipe_tree)
     recipe = _name_run(build(recipe_tree, recipe_tree.resolve()), path)
     cluster = build(cluster_tree, cluster_tree.resolve())
-    check(recipe, cluster, launch, recipe_tree, cluster_tree)
+    check(recipe, launch, recipe_tree)
     sources = overrides["launch"].sources | cluster_tree.sources | recipe_tree.sources
     return Settings(recipe, cluster, launch, sources)
 

@@ -75,9 +75,9 @@ class Launch:
 SECTIONS: dict[str, type] = {"recipe": Recipe, "cluster": ClusterConfig, "launch": Launch}
 """Who owns a top-level key. On the command line the three share one namespace."""
 HOME = {
-    "recipe": "a recipe (recipes/*.yaml)",
-    "cluster": "a cluster profile (recipes/cluster/*.yaml)",
-    "launch": "the command line",
+    "recipe": "in a recipe (recipes/*.yaml)",
+    "cluster": "in a cluster profile (recipes/cluster/*.yaml)",
+    "launch": "on the command line",
 }
 """Where a section's keys are written, in words."""
 

@@ -73,7 +73,9 @@ def _plain(tree: Tree, value: Any, key: str) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise tree.error(key, f"expected a finite number, got {value}")
-        return int(value) if value.is_integer() else value
+        value = int(value) if value.is_integer() and abs(value) < 2**63 else value
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise tree.error(key, f"expected a number of at most 63 bits, got {_show(value)}")
     return value
 
 

@@ -10,17 +10,18 @@ import torch
 from lmtrain.data.batch import Batch, make_batch
 from lmtrain.data.config import DataConfig
 from lmtrain.data.sources import Source, open_sources
+from lmtrain.data.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 
 
 class Heldout:
     """The held-out documents of every source that has some (a foreign pair has none).
 
-    max_tokens: per source, at most this many tokens, in whole documents from the first on (at least one); None: all.
+    max_tokens: per source, the first tokens, at most this many; None: all.
 
     source_names: those with held-out text. By name: ``num_tokens``; ``num_unpredicted``, the first tokens of documents,
     never a target: charge each log2(vocab_size) bits, so that bits per byte is the length of a real code; and
-    ``bytes_of_text``, the UTF-8 bytes of those documents.
+    ``bytes_of_text``, the UTF-8 bytes that those tokens spell.
     """
 
     def __init__(self, cfg: DataConfig, max_tokens: int | None = None) -> None:
@@ -36,13 +37,17 @@ class Heldout:
             if source.heldout is None or source.manifest is None or source.heldout.num_tokens == 0:
                 continue
             starts = source.heldout.document_starts
-            documents = len(starts) - 1
-            if max_tokens is not None:
-                documents = max(int(np.searchsorted(starts, max_tokens, side="right")) - 1, 1)
+            limit = source.heldout.num_tokens if max_tokens is None else max_tokens
+            whole = int(np.searchsorted(starts, limit, side="right")) - 1
+            self.num_tokens[source.name] = int(starts[whole])
+            self.bytes_of_text[source.name] = sum(source.manifest.heldout.bytes[:whole])
+            if whole < source.heldout.num_documents:
+                tokens, size = _head(source.heldout, tokenizer, int(starts[whole]), limit)
+                self.num_tokens[source.name] += tokens
+                self.bytes_of_text[source.name] += size
+            used = starts[:-1] < self.num_tokens[source.name]
+            self.num_unpredicted[source.name] = int((used & (np.diff(starts) > 0)).sum())
             self.source_names.append(source.name)
-            self.num_tokens[source.name] = int(starts[documents])
-            self.num_unpredicted[source.name] = int((np.diff(starts[: documents + 1]) > 0).sum())
-            self.bytes_of_text[source.name] = sum(source.manifest.heldout.bytes[:documents])
             self._sources[source.name] = (number, source)
 
     def batches(self, source: str, rows: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
@@ -75,3 +80,11 @@ class Heldout:
                 block=torch.from_numpy(block),
                 padding=torch.from_numpy(padding),
             )
+
+
+def _head(store: Store, tokenizer: Tokenizer, start: int, stop: int) -> tuple[int, int]:
+    """How many tokens of ``[start, stop)``, a part of one document, spell whole characters, and in how many bytes."""
+    tokens = store.tokens(start, stop - start)
+    while (text := tokenizer.decode(tokens)).endswith("\ufffd"):
+        tokens = tokens[:-1]
+    return len(tokens), len(text.encode())

@@ -41,7 +41,7 @@ class StepData:
 
 def token_hash(hashes: Tensor) -> str:
     """xxh3-128, hex, over the digests of a step's blocks in order of k: the same at any number of ranks."""
-    return xxhash.xxh3_128_hexdigest(hashes.numpy().astype("<i8").tobytes())
+    return xxhash.xxh3_128_hexdigest(hashes.cpu().numpy().astype("<i8").tobytes())
 
 
 class Loader:

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from lmtrain.ops.op import AffineOp
 
+# torch 2.13 renamed these two, and warns at every call by the old names
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """``[P, ...]``: x of every rank of the group; no gradient."""
     x = x.contiguous()
     out = x.new_empty(group.size(), *x.shape)
-    dist.all_gather_into_tensor(out.flatten(), x.flatten(), group=group)
+    _all_gather(out.flatten(), x.flatten(), group=group)
     return out
 
 
@@ -100,7 +104,7 @@ class GatherSequence(torch.autograd.Function):
         size = ctx.group.size()
         shards = grads[0].unflatten(1, (size, -1)).transpose(0, 1).contiguous()
         out = torch.empty_like(shards[0])
-        dist.reduce_scatter_tensor(out.flatten(), shards.flatten(), group=ctx.group)
+        _reduce_scatter(out.flatten(), shards.flatten(), group=ctx.group)
         return out, None
 
 

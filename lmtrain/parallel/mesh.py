@@ -20,6 +20,8 @@ def resolve(cfg: MeshConfig, world_size: int) -> MeshConfig:
     for axis, size in {**sizes, "ep": cfg.ep}.items():
         if size < 1 and size != -1:
             raise UsageError(f"mesh.{axis}: expected a positive size or -1 (fill), got {size}")
+    if cfg.ep == -1:
+        raise UsageError("mesh.ep: -1 (fill) is for the axes of the world; ep re-cuts dp_shard x sp, give its size")
     fill = [axis for axis, size in sizes.items() if size == -1]
     if len(fill) > 1:
         raise UsageError(f"mesh: only one axis can be -1 (fill), got {' and '.join(fill)}")

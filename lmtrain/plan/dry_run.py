@@ -1,4 +1,4 @@
-"""What a run would be, from its settings alone: sizes, FLOPs, memory and mesh, without building or starting anything."""
+"""What a run would be, from its settings alone: sizes, FLOPs, memory and mesh, with nothing built or started."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from lmtrain.errors import UsageError
 from lmtrain.model.config import ModelConfig
 from lmtrain.parallel.config import ClusterConfig, MeshConfig
 from lmtrain.parallel.mesh import AXES, resolve
+from lmtrain.parallel.supported import check
 from lmtrain.plan.memory import estimate
 from lmtrain.train.config import TrainConfig
 from lmtrain.train.hardware import resolve_dtype
@@ -35,9 +36,10 @@ def summary(
     """The dry run as plain data (docs/formats.md). What depends on the vocabulary is None while that is unknown.
 
     tokenizer_size: largest token id + 1, None if there is no tokenizer yet; ``model.vocab_size`` needs none.
-    Raises UsageError for a mesh or a batch that this world cannot hold.
+    Raises UsageError for a mesh, a combination or a batch that cannot work in this world.
     """
     mesh = resolve(cluster.mesh, world_size)
+    check(model, seq_len=data.seq_len, cluster=cluster, mesh=mesh)
     rows = rows_per_pass(data, train, cluster, mesh)
     vocab_size = embedding_rows(model, tokenizer_size)
     steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / train.batch_tokens)
@@ -77,7 +79,7 @@ def embedding_rows(model: ModelConfig, tokenizer_size: int | None) -> int | None
 def rows_per_pass(data: DataConfig, train: TrainConfig, cluster: ClusterConfig, mesh: MeshConfig) -> int:
     """Rows of one micro-batch: as the cluster says, else the most, at most 8, that divide a rank's share of a step.
 
-    Raises UsageError if the rows of a step do not divide over the data-parallel ranks, or a rank's over the micro-batch.
+    Raises UsageError if the rows of a step do not divide over the data-parallel ranks, or a rank's over micro-batches.
     """
     ranks = mesh.dp_replicate * mesh.dp_shard
     per_block = (data.block_tokens or data.seq_len) // data.seq_len

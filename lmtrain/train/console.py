@@ -41,7 +41,6 @@ class Console:
         self._terminal = stream.isatty()
         self._screen: Screen | None = _Screen(
             file=stream,
-            force_terminal=self._terminal,
             force_jupyter=False,
             width=None if self._terminal else PLAIN_WIDTH,
             highlight=False,

@@ -64,7 +64,9 @@ def test_what_is_saved_is_the_moment_of_the_call(make, tmp_path):
     checkpointer.wait()
     result = checkpointer.poll()
     assert (result.step, result.error, result.path) == (4, None, tmp_path / "checkpoints" / "step-00000004")
-    assert result.bytes == sum(p.stat().st_size for p in result.path.iterdir() if p.name not in ("COMMIT", "manifest.json"))
+    assert result.bytes == sum(
+        p.stat().st_size for p in result.path.iterdir() if p.name not in ("COMMIT", "manifest.json")
+    )
     assert checkpointer.poll() is None
     into = {"w": torch.zeros(3)}
     assert checkpointer.load(checkpointer.find("true"), into) == {"loop": {"tokens": 5, "window": [1.0]}}
@@ -257,9 +259,7 @@ def test_retention(make, save, tmp_path):
             retention.pin(root / "step-00000003", "runs/a")
             retention.pin(root / "step-00000003", "runs/b")
             retention.pin(root / "step-00000003", "runs/b")
-    assert sorted(p.name for p in root.iterdir() if p.is_dir()) == [
-        f"step-{step:08d}" for step in (3, 4, 8, 9)
-    ]
+    assert sorted(p.name for p in root.iterdir() if p.is_dir()) == [f"step-{step:08d}" for step in (3, 4, 8, 9)]
     assert sorted(retention.pinned_by(root / "step-00000003")) == ["runs/a", "runs/b"]
 
 

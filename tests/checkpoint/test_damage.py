@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -38,22 +39,27 @@ def test_the_newest_is_used_when_both_verify(two):
     assert newest(two[0].parent) == two[1]
 
 
-def test_every_byte_of_every_json_file_counts(two, caplog):
+def test_every_byte_of_every_json_file_counts(two, memory, caplog):
     older, newer = two
-    names = sorted(p.name for p in newer.iterdir() if p.suffix != ".bin")
+    storage = memory.copy_of(older.parent)
+    names = sorted(name for name in storage.listdir(newer) if not name.endswith(".bin"))
     assert names == ["COMMIT", "loop.json", "manifest.json", "metadata.json"]
+
+    def newest() -> Path | None:
+        caplog.clear()
+        return commit.newest_verified(
+            commit.committed(storage, older.parent), lambda path: commit.verify(storage, path, "hash", HASHER)
+        )
+
     for name in names:
-        file = newer / name
-        good = file.read_bytes()
-        for position in range(len(good)):
+        content = storage.content(newer / name)
+        for position in range(len(content)):
             for mask in (0x01, 0x20, 0xFF):
-                bad = bytearray(good)
-                bad[position] ^= mask
-                file.write_bytes(bad)
-                assert newest(older.parent) == older, f"{name}: byte {position} ^ {mask:#x} went unseen"
-        file.write_bytes(good)
-    assert newest(older.parent) == newer
-    assert "checkpoint step 10 does not verify" in caplog.text
+                content[position] ^= mask
+                assert newest() == older, f"{name}: byte {position} ^ {mask:#x} went unseen"
+                assert [line.startswith("checkpoint step 10 does not verify: ") for line in caplog.messages] == [True]
+                content[position] ^= mask
+    assert newest() == newer
 
 
 def test_seeded_bytes_of_tensor_files(make, tmp_path):
@@ -125,7 +131,8 @@ def test_planted_pickles_do_not_run_even_with_the_hashes_made_to_fit(two, make, 
     manifest["files"][name] = {"bytes": len(payload), HASHER.name: HASHER.of(payload)}
     reseal(newer, manifest)
     check(newer)
-    with pytest.raises(DataError):
+    # in a tensor file a pickle is what any bytes are there: numbers
+    with contextlib.suppress(DataError) if name.endswith(".bin") else pytest.raises(DataError):
         make().load(newer, state(0))
     assert not marker.exists()
 
@@ -139,7 +146,13 @@ def reseal(path: Path, manifest: dict) -> None:
 
 @pytest.mark.parametrize(
     "files",
-    [None, {"../x": {"bytes": 1, "xxh3_128": ""}}, {"a": 1}, {"a": {"bytes": "1", "xxh3_128": ""}}, {"a": {"bytes": 1}}],
+    [
+        None,
+        {"../x": {"bytes": 1, "xxh3_128": ""}},
+        {"a": 1},
+        {"a": {"bytes": "1", "xxh3_128": ""}},
+        {"a": {"bytes": 1}},
+    ],
 )
 def test_a_manifest_of_another_shape_is_refused(two, files):
     manifest = read_manifest(DISK, two[1], HASHER)

@@ -163,12 +163,14 @@ void write_grad_in(const Task<IO>& task, Ring<IO>& ring, int64_t s) {
     using Memory = typename IO::Memory;
     const Params& p = task.p;
     auto* to = task.template column<Memory*>(p.grad_x, p.grad_tail, s);
-    const bool returned = s >= p.length - (p.width - 1);
-    const auto* grad_final = task.template column<const Memory*>((const void*)nullptr, p.grad_final, s - p.length);
+    const Memory* grad_final = nullptr;
+    if (s >= p.length - (p.width - 1)) {
+        grad_final = task.template column<const Memory*>((const void*)nullptr, p.grad_final, s - p.length);
+    }
     const auto* gathered = ring.at(s);
     for_lanes<IO>(task.channels, [&](int c, int count) {
         auto grad = copy_in<typename IO::Vec>(gathered + c, count);
-        if (returned) grad += load<IO>(grad_final + c, count);
+        if (grad_final) grad += load<IO>(grad_final + c, count);
         store<IO>(to + c, grad, count);
     });
 }

@@ -1,0 +1,22 @@
+"""Fixtures shared by several folders."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# helpers beside the tests are imported as `tests.…`, here and in spawned ranks, whatever started pytest
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.distributed.ranks import Ranks  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes for checks on several ranks; started when first used."""
+    pool = Ranks()
+    yield pool
+    pool.close()

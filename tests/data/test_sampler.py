@@ -1,0 +1,146 @@
+"""The order of data: a permutation that is one, counts that are exact, golden values that pin it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lmtrain.data.permutation import permute
+from lmtrain.data.sampler import Sampler, balanced_word
+from lmtrain.data.schedule import Event, ScheduleLog
+from lmtrain.errors import UsageError
+
+KEY = np.uint64(0x0123456789ABCDEF)
+GOLDEN_SOURCES = "cbcbcbcbcbcaccaccacc"
+GOLDEN_WINDOWS = [3, 41, 6, 34, 5, 10, 2, 6, 0, 12, 1, 91, 4, 1, 7, 4, 0, 96, 5, 6]
+GOLDEN_EPOCHS = [68, 7, 68, 7, 68, 7, 68, 7, 68, 7, 68, 0, 68, 69, 0, 69, 69, 0, 69, 69]
+MIXED_SOURCES = [0, 1, 0, 0, 0, 0]
+MIXED_WINDOWS = [81623, 4724, 51250, 755677, 941920, 894184]
+
+
+@pytest.mark.parametrize("size", [*range(1, 301), *(2**k + d for k in (9, 10, 12, 16) for d in (-1, 0, 1))])
+def test_permutation_is_a_bijection(size: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(size), size, KEY)), np.arange(size))
+
+
+def test_low_bits_and_differences_are_shuffled() -> None:
+    # An affine round function is a bijection too, yet had 2 low-bit patterns over 20 keys, and 1629 differences.
+    size = 2**20
+    outputs = [permute(np.arange(32), size, np.uint64(key)) for key in range(20)]
+    for bit in range(4):
+        assert len({tuple((out >> bit & 1).tolist()) for out in outputs}) == 20
+    differences = np.diff(permute(np.arange(4097), size, KEY))
+    assert len(np.unique(differences)) > 4050
+
+
+def test_permutation_is_uniform_on_small_sets() -> None:
+    size, keys = 97, 20000
+    base = np.arange(keys, dtype=np.uint64)
+    zero, one = (permute(np.full(keys, i), size, base) for i in (0, 1))
+    counts = np.bincount((one - zero) % size, minlength=size)[1:]
+    expected = keys / (size - 1)
+    assert ((counts - expected) ** 2 / expected).sum() < 150  # chi-square of 95 degrees of freedom, 1 in 3000
+
+
+def test_permutation_takes_a_key_per_index_and_huge_sizes() -> None:
+    keys = np.array([1, 2, 3], dtype=np.uint64)
+    together = permute(np.array([5, 6, 7]), 1000, keys)
+    assert together.tolist() == [int(permute(np.array([i]), 1000, key)[0]) for i, key in zip((5, 6, 7), keys, strict=True)]
+    size = 2**52
+    out = permute(np.array([0, 1, size - 1]), size, KEY)
+    assert len(set(out.tolist())) == 3 and 0 <= out.min() and out.max() < size
+    with pytest.raises(ValueError, match="size"):
+        permute(np.array([0]), 2**52 + 1, KEY)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20))
+def test_every_prefix_of_the_word_holds_its_share(weights: list[int]) -> None:
+    word, rank = balanced_word(tuple(weights))
+    total = sum(weights)
+    bound = 1 - 1 / max(2 * len(weights) - 2, 1) if len(weights) > 1 else 0
+    for d, weight in enumerate(weights):
+        error = np.cumsum(word == d) - np.arange(1, total + 1) * weight / total
+        assert np.abs(error).max() <= bound + 1e-9
+        assert rank[word == d].tolist() == list(range(weight))
+
+
+def log_of(*events: tuple[int, dict[str, int]]) -> ScheduleLog:
+    return ScheduleLog(tuple(Event(first, weights, "recipe", "") for first, weights in events))
+
+
+STAGES = log_of((0, {"a": 3, "b": 2}), (37, {"b": 1, "c": 1}), (1000, {"a": 5, "b": 1, "c": 10}))
+WINDOWS = {"a": 101, "b": 64, "c": 7}
+
+
+def test_counts_are_those_of_brute_force() -> None:
+    sampler = Sampler(3, STAGES, WINDOWS)
+    source = sampler.get(np.arange(1500))[0]
+    for k in (0, 1, 5, 36, 37, 38, 99, 999, 1000, 1001, 1499, 1500):
+        brute = np.bincount(source[:k], minlength=3)
+        assert list(sampler.counts(k).values()) == brute.tolist(), k
+
+
+def test_every_epoch_reads_every_window_once_across_events() -> None:
+    source, window, epoch = Sampler(3, STAGES, WINDOWS).get(np.arange(3000))
+    for d, size in enumerate(WINDOWS.values()):
+        mine, epochs = window[source == d], epoch[source == d]
+        assert (np.diff(epochs) >= 0).all()
+        for e in range(epochs.max()):
+            assert np.array_equal(np.sort(mine[epochs == e]), np.arange(size))
+        orders = {tuple(mine[epochs == e].tolist()) for e in range(epochs.max())}
+        assert len(orders) == epochs.max()  # another order each time
+
+
+def test_any_subset_of_samples_is_the_same() -> None:
+    whole = Sampler(3, STAGES, WINDOWS).get(np.arange(2000))
+    some = np.random.default_rng(0).permutation(2000)[:300]
+    for part, all_ in zip(Sampler(3, STAGES, WINDOWS).get(some), whole, strict=True):
+        assert np.array_equal(part, all_[some])
+
+
+def test_a_new_source_leaves_the_others_in_their_order() -> None:
+    def orders(log: ScheduleLog, windows: dict[str, int]) -> dict[str, list[int]]:
+        sampler = Sampler(9, log, windows)
+        source, window, _ = sampler.get(np.arange(2000))
+        return {name: window[source == i].tolist()[:60] for i, name in enumerate(sampler.names)}
+
+    before = orders(log_of((0, {"a": 1, "b": 2})), {"a": 50, "b": 70})
+    after = orders(log_of((0, {"a": 1, "b": 2, "new": 3})), {"new": 30, "b": 70, "a": 50})
+    assert after["a"] == before["a"] and after["b"] == before["b"]
+
+
+def test_names_and_seeds_decide() -> None:
+    log = log_of((0, {"a": 1}))
+    first = Sampler(1, log, {"a": 1000}).get(np.arange(20))[1].tolist()
+    assert first != Sampler(2, log, {"a": 1000}).get(np.arange(20))[1].tolist()
+    assert first != Sampler(1, log_of((0, {"b": 1})), {"b": 1000}).get(np.arange(20))[1].tolist()
+    assert Sampler(-1, log, {"a": 1000}).get(np.arange(20))[1].tolist() != first
+
+
+def test_sample_ten_to_the_twelve() -> None:
+    sampler = Sampler(3, STAGES, {"a": 10**9, "b": 10**9 + 7, "c": 12345})
+    source, window, epoch = sampler.get(np.array([10**12]))
+    name = sampler.names[source[0]]
+    assert sampler.counts(10**12)[name] // sampler.windows[name] == epoch[0] > 0
+    assert 0 <= window[0] < sampler.windows[name] and sum(sampler.counts(10**12).values()) == 10**12
+
+
+def test_schedule_and_sources_must_agree() -> None:
+    with pytest.raises(UsageError, match="unknown source cde; did you mean code"):
+        Sampler(0, log_of((0, {"cde": 1})), {"code": 3})
+    with pytest.raises(UsageError, match="no whole block"):
+        Sampler(0, log_of((0, {"code": 1})), {"code": 0})
+
+
+def test_golden_order() -> None:
+    """Pinned: a change here reorders the data of every run and must raise ``ORDER_VERSION``."""
+    source, window, epoch = Sampler(3, STAGES, WINDOWS).get(np.arange(990, 1010))
+    assert "".join("abc"[d] for d in source) == GOLDEN_SOURCES
+    assert window.tolist() == GOLDEN_WINDOWS
+    assert epoch.tolist() == GOLDEN_EPOCHS
+    mixed = Sampler(7, ScheduleLog.fixed({"x": 0.7, "y": 0.3}), {"x": 10**6, "y": 10**5})
+    source, window, _ = mixed.get(np.array([0, 1, 2, 3, 10**6, 10**9]))
+    assert source.tolist() == MIXED_SOURCES and window.tolist() == MIXED_WINDOWS
