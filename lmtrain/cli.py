@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import runpy
 import sys
 from pathlib import Path
 
-from lmtrain import __version__
+from lmtrain import __version__, shipped
 from lmtrain.errors import EXIT_DONE, EXIT_USAGE, nearest
 
 
@@ -36,11 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def verbs() -> dict[str, Path]:
     """Verb -> file, for every public file of the launch folder: in the wheel, or beside the package in a checkout."""
-    spec = importlib.util.find_spec("lmtrain.launch")
-    folders = [Path(folder) for folder in (spec.submodule_search_locations or [])] if spec else []
-    folders.append(Path(__file__).resolve().parents[1] / "launch")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    files = sorted(folder.glob("[!_]*.py")) if folder else []
+    files = sorted(shipped.folder("launch").glob("[!_]*.py"))
     return {path.stem: path for path in files}
 
 

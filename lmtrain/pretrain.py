@@ -60,9 +60,11 @@ T = TypeVar("T")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line ``argv`` and return the exit code; an error is one line, told by rank 0."""
+    """Run the command line ``argv`` and return the exit code; an error is one line, told once on every machine."""
     argv = sys.argv[1:] if argv is None else argv
     rank = int(os.environ.get("RANK", "0"))
+    # A machine that alone lacks the data tells so itself: rank 0 may know of nothing yet.
+    speaks = int(os.environ.get("LOCAL_RANK", "0")) == 0
     logging.basicConfig(level=logging.INFO if rank == 0 else logging.ERROR, format="%(message)s", stream=sys.stderr)
     try:
         text = answer(argv)
@@ -72,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
         die_with_parent()
         return run(load(argv), argv)
     except LmtrainError as error:
-        if rank == 0:
+        if speaks:
             print(f"lmtrain: {error}", file=sys.stderr, flush=True)
         if "debug=true" in argv:
             traceback.print_exc()

@@ -20,3 +20,11 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def small_recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A recipe of a small model and its prepared data (tests/small_run.py); read only."""
+    from tests.small_run import make_recipe  # imports the whole product
+
+    return make_recipe(tmp_path_factory.mktemp("small"))

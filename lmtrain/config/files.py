@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from lmtrain import shipped
 from lmtrain.config.recipe import HOME, owner
 from lmtrain.errors import UsageError, nearest
 
@@ -18,9 +18,7 @@ COMMAND_LINE = "command line"
 
 def folder(section: str) -> Path:
     """The folder of shipped recipes or cluster profiles: package data of a wheel, else the checkout's."""
-    package = Path(str(resources.files("lmtrain")))
-    shipped = package / "recipes"
-    root = shipped if shipped.is_dir() else package.parent / "recipes"
+    root = shipped.folder("recipes")
     return root / "cluster" if section == "cluster" else root
 
 

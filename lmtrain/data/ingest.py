@@ -9,7 +9,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,8 +88,8 @@ def _check(cfg: PrepareConfig) -> None:
     if not cfg.sources:
         raise UsageError("sources: none given; name one with sources.NAME.path=FILE_OR_FOLDER")
     for name in cfg.sources:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
-            raise UsageError(f"sources.{name}: a name is made of letters, digits, - and _; it becomes a folder")
+        if not name.isidentifier():
+            raise UsageError(f"sources: {name!r} is no name; use letters, digits and _ (it becomes a folder)")
     if not 0 <= cfg.heldout < 1:
         raise UsageError(f"heldout: must be at least 0 and below 1, got {cfg.heldout}")
     if cfg.workers < 1:
@@ -101,8 +100,7 @@ def _check(cfg: PrepareConfig) -> None:
 
 def _inputs(cfg: PrepareConfig) -> str:
     """Digest of all that decides the output."""
-    trained = cfg.tokenizer.startswith("train:")
-    tokenizer = cfg.tokenizer if trained else Tokenizer.load(cfg.tokenizer, cfg.eod).fingerprint
+    tokenizer = cfg.tokenizer if cfg.tokenizer.startswith("train:") else Tokenizer.load(cfg.tokenizer, cfg.eod).fingerprint
     sources = {name: [asdict(options), inputs_digest(options)] for name, options in cfg.sources.items()}
     parts = [PIPELINE_VERSION, tokenizer, cfg.eod, cfg.heldout, list(sources.items())]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
@@ -153,7 +151,9 @@ def _tokenizer(cfg: PrepareConfig, work: Path, selections: Mapping[str, Selectio
         path = work / "tokenizer.json"
         size = int(cfg.tokenizer.removeprefix("train:"))
         log.info("training a tokenizer of %d ids", size)
-        train_bpe(_training_text(cfg, selections), size, path, cfg.eod or EOD)
+        trained = train_bpe(_training_text(cfg, selections), size, path, cfg.eod or EOD)
+        if trained.vocab_size < size:
+            log.warning("tokenizer=train:%d: the text only yields %d ids", size, trained.vocab_size)
         eod = cfg.eod or EOD
     else:
         given = Tokenizer.load(cfg.tokenizer, cfg.eod)

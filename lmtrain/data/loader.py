@@ -197,11 +197,6 @@ class _Reader(Dataset[_Rows]):
 def _blocks_per_microbatch(cfg: DataConfig, batch_tokens: int, microbatch: int, dp_size: int) -> int:
     """Blocks of one micro-batch, or UsageError naming the value that does not divide and the nearest that does."""
     block = cfg.block_tokens or cfg.seq_len
-    if block % cfg.seq_len:
-        raise UsageError(
-            f"data.block_tokens {block} is not a multiple of data.seq_len {cfg.seq_len}; nearest: "
-            f"{nearest_multiple(block, cfg.seq_len)}"
-        )
     per_block = block // cfg.seq_len
     if microbatch < 1 or microbatch % per_block:
         raise UsageError(

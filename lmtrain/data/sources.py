@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from lmtrain.data.config import DataConfig
@@ -71,8 +72,14 @@ def _open(name: str, path: str) -> Source:
         return Source(name, path, _store(name, folder / "train"), _store(name, folder / "heldout"), manifest)
     prefix = folder / "train" if (folder / "train.idx").is_file() else folder
     store = _store(name, prefix)
-    log.warning("data.sources.%s: %s has no %s; its tokenizer is taken on trust", name, path, NAME)
+    _warn_foreign(name, path)
     return Source(name, path, store)
+
+
+@cache
+def _warn_foreign(name: str, path: str) -> None:
+    """Once per process, however often the source is opened."""
+    log.warning("data.sources.%s: %s has no %s; its tokenizer is taken on trust", name, path, NAME)
 
 
 def _store(name: str, prefix: Path) -> Store:

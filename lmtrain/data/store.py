@@ -43,7 +43,7 @@ class Store:
     def __init__(self, prefix: str | Path) -> None:
         self.prefix = str(prefix)
         index = _read_bytes(self.prefix + ".idx")
-        self.dtype, lengths, documents = _parse_index(index, self.prefix + ".idx")
+        self.dtype, lengths, documents = parse_index(index, self.prefix + ".idx")
         offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         self.document_starts: NDArray[np.int64] = offsets[documents]
@@ -178,7 +178,7 @@ def index_bytes(dtype: np.dtype, lengths: NDArray[np.integer], documents: NDArra
     return header + b"".join(part.tobytes() for part in arrays)
 
 
-def _parse_index(data: bytes, path: str) -> tuple[np.dtype, NDArray[np.int64], NDArray[np.int64]]:
+def parse_index(data: bytes, path: str) -> tuple[np.dtype, NDArray[np.int64], NDArray[np.int64]]:
     """dtype, lengths and document array of an index, each checked."""
     if data.startswith(OLD_MAGIC):
         raise DataError(f"{path}: an old TNTIDX (cached/lazy) index; convert it to MMIDIDX with Megatron-LM's tools")

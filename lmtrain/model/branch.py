@@ -70,6 +70,7 @@ class Branch(nn.Module):
 
     Subclasses import torch alone, know nothing of ranks, and keep neither state nor streams on themselves. The last
     projection has no bias, since its output may be a partial sum. Head counts are read from shapes, never from settings.
+    Buffers start at 0 and are carried in checkpoints.
     """
 
     Config: ClassVar[type[Any]]
@@ -85,6 +86,9 @@ class Branch(nn.Module):
     def init_state(self, batch: int, device: Device | str) -> State:
         """The state before the first token, of ``batch`` sequences."""
         return {}
+
+    def after_step(self, notes: dict[str, Tensor]) -> None:
+        """Called once per optimizer step taken, with what this branch noted, summed over the step's whole batch."""
 
     def param_info(self) -> dict[str, ParamInfo]:
         """One entry for every name of ``named_parameters()``; checked when the model is built."""

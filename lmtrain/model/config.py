@@ -29,6 +29,15 @@ class ModelConfig:
     init_std: float = 0.02
     """Standard deviation of the embedding's and the head's initial weights."""
 
+    def __post_init__(self) -> None:
+        for key in ("d_model", "vocab_size", "vocab_multiple"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}: must be at least 1, got {value}")
+        for key in ("norm_eps", "init_std"):
+            if getattr(self, key) <= 0:
+                raise ValueError(f"{key}: must be positive, got {getattr(self, key)}")
+
     def order(self) -> list[str]:
         """Branch names in the order they stand."""
         return expand(self.pattern, self.branches)

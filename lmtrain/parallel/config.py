@@ -48,3 +48,9 @@ class ClusterConfig:
     """Engine that steps the model."""
     workers: int = 0
     """Loader processes per rank; 0 reads in the training process."""
+
+    def __post_init__(self) -> None:
+        if self.microbatch is not None and self.microbatch < 1:
+            raise ValueError(f"microbatch: must be at least 1 row, got {self.microbatch}")
+        if self.workers < 0:
+            raise ValueError(f"workers: must not be negative, got {self.workers}")

@@ -19,6 +19,15 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     """Global gradient norm above which gradients are scaled down; null: never."""
 
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: must be at least 0 and less than 1, got {self.betas}")
+        if self.eps <= 0 or self.weight_decay < 0:
+            key, rule = ("eps", "positive") if self.eps <= 0 else ("weight_decay", "at least 0")
+            raise ValueError(f"{key}: must be {rule}, got {getattr(self, key)}")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm: must be positive, or null for no clipping, got {self.clip_norm}")
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
@@ -69,6 +78,16 @@ class TrainConfig:
     wandb: WandbConfig = field(default_factory=WandbConfig)
     """Weights & Biases."""
 
+    def __post_init__(self) -> None:
+        for key in ("batch_tokens", "steps", "tokens", "max_skipped", "log_every"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise ValueError(f"{key}: must be at least 1, got {value}")
+        if self.lr <= 0:
+            raise ValueError(f"lr: must be positive, got {self.lr}")
+        if self.z_loss < 0:
+            raise ValueError(f"z_loss: must not be negative, got {self.z_loss}")
+
 
 @dataclass(frozen=True)
 class EvalConfig:
@@ -78,3 +97,9 @@ class EvalConfig:
     """Optimizer steps between evaluations; 0: only at the end, if a source has held-out documents."""
     max_tokens: int | None = None
     """Score at most this many held-out tokens of each source; null: all."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ValueError(f"every: must not be negative, got {self.every}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens: must be at least 1, or null for all, got {self.max_tokens}")

@@ -114,7 +114,7 @@ def test_three_failures_in_a_row_end_the_run(make, save, state):
     storage.broken = True
     for step in (4, 5):
         checkpointer.save(step, state(1), {})
-    with pytest.raises(StorageError, match="3 saves in a row failed; the last: .*Input/output error"):
+    with pytest.raises(StorageError, match=r"3 saves in a row failed; the last: .*Input/output error"):
         checkpointer.save(6, state(1), {})
     assert [r.error is None for r in iter(checkpointer.poll, None)] == [False, False, True, False, False, False]
 

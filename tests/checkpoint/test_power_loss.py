@@ -1,7 +1,8 @@
 """A power cut after any operation of a save leaves the old or the new checkpoint, and after ``save`` returned the new.
 
 The save runs once over a recording file system. Every prefix of its log is then cut off under every policy of what an
-unsynced byte or name may become, and read by the resume of a fresh start. A directory named step-* is always whole. The proof that this can fail: without any
+unsynced byte or name may become, and read by the resume of a fresh start. A directory named step-* is always whole.
+The proof that this can fail: without any
 single one of the syncs, it does.
 """
 
@@ -89,13 +90,13 @@ def fault(history: History, make, memory, log: list[Any], cut: int, policy: tupl
     return None
 
 
-def cuts(history: History, policies: list[tuple[str, str]]) -> list[tuple[int, tuple[str, str], int]]:
-    seeds = {policy: range(3) if "mixed" in policy or "part" in policy else range(1) for policy in policies}
+def cuts(history: History, policies: list[tuple[str, str]], num: int) -> list[tuple[int, tuple[str, str], int]]:
+    seeds = {policy: range(num) if "mixed" in policy or "part" in policy else range(1) for policy in policies}
     return [(cut, policy, seed) for policy in policies for seed in seeds[policy] for cut in range(len(history.log) + 1)]
 
 
 def test_every_cut_under_every_policy(history, make, memory):
-    for cut, policy, seed in cuts(history, POLICIES):
+    for cut, policy, seed in cuts(history, POLICIES, 3):
         wrong = fault(history, make, memory, history.log, cut, policy, seed)
         assert wrong is None, f"{wrong} (cut {cut} after {history.log[cut - 1]}, policy {policy}, seed {seed})"
 
@@ -113,7 +114,7 @@ def test_no_sync_is_superfluous(history, make, memory):
     assert len(syncs) >= 2 * 7 + 1
     for missing in syncs:
         without = [None if n == missing else operation for n, operation in enumerate(history.log)]
-        trials = cuts(history, [("kept", "lost"), ("lost", "kept"), ("mixed", "mixed")])
+        trials = cuts(history, [("kept", "lost"), ("lost", "kept"), ("mixed", "mixed")], 30)
         # from the end: a sync is missed most after save returned
         unseen = all(fault(history, make, memory, without, *trial) is None for trial in reversed(trials))
         assert not unseen, f"without {history.log[missing]} nothing goes wrong"

@@ -20,9 +20,9 @@ MIXED_SOURCES = [0, 1, 0, 0, 0, 0]
 MIXED_WINDOWS = [81623, 4724, 51250, 755677, 941920, 894184]
 
 
-@pytest.mark.parametrize("size", [*range(1, 301), *(2**k + d for k in (9, 10, 12, 16) for d in (-1, 0, 1))])
-def test_permutation_is_a_bijection(size: int) -> None:
-    assert np.array_equal(np.sort(permute(np.arange(size), size, KEY)), np.arange(size))
+def test_permutation_is_a_bijection() -> None:
+    for size in [*range(1, 301), *(2**k + d for k in (9, 10, 12, 16) for d in (-1, 0, 1))]:
+        assert np.array_equal(np.sort(permute(np.arange(size), size, KEY)), np.arange(size)), size
 
 
 def test_low_bits_and_differences_are_shuffled() -> None:
@@ -47,10 +47,11 @@ def test_permutation_is_uniform_on_small_sets() -> None:
 def test_permutation_takes_a_key_per_index_and_huge_sizes() -> None:
     keys = np.array([1, 2, 3], dtype=np.uint64)
     together = permute(np.array([5, 6, 7]), 1000, keys)
-    assert together.tolist() == [int(permute(np.array([i]), 1000, key)[0]) for i, key in zip((5, 6, 7), keys, strict=True)]
+    apart = [int(permute(np.array([i]), 1000, key)[0]) for i, key in zip((5, 6, 7), keys, strict=True)]
+    assert together.tolist() == apart
     size = 2**52
     out = permute(np.array([0, 1, size - 1]), size, KEY)
-    assert len(set(out.tolist())) == 3 and 0 <= out.min() and out.max() < size
+    assert len(set(out.tolist())) == 3 and out.min() >= 0 and out.max() < size
     with pytest.raises(ValueError, match="size"):
         permute(np.array([0]), 2**52 + 1, KEY)
 
@@ -91,7 +92,7 @@ def test_every_epoch_reads_every_window_once_across_events() -> None:
         for e in range(epochs.max()):
             assert np.array_equal(np.sort(mine[epochs == e]), np.arange(size))
         orders = {tuple(mine[epochs == e].tolist()) for e in range(epochs.max())}
-        assert len(orders) == epochs.max()  # another order each time
+        assert len(orders) > 0.9 * epochs.max()  # another order each time (7! orders repeat by chance)
 
 
 def test_any_subset_of_samples_is_the_same() -> None:

@@ -43,7 +43,7 @@ def laid_out(shift: int, fill: float | None = None) -> dict[str, torch.Tensor]:
         for place in range(len(PLACEMENTS)):
             placement = PLACEMENTS[(number + place + shift) % len(PLACEMENTS)]
             tensors[f"{name}.{place}"] = distribute_tensor(full, mesh, [placement])
-    tensors["plain"] = torch.full((3,), 2.0 if fill is None else fill)
+    tensors["plain"] = torch.full((3,), 2.0 if fill is None else float(fill))
     tensors["scalar"] = torch.tensor(9 if fill is None else int(fill))
     return tensors
 

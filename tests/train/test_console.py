@@ -1,8 +1,10 @@
 """The console: lines on a pipe, the bar on a terminal, and a stream that goes away."""
 
+import contextlib
 import io
 import os
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -93,13 +95,21 @@ def test_eta_is_a_median_so_one_slow_step_does_not_move_it() -> None:
 def on_a_terminal(action: Callable[[Any], None]) -> str:
     """What ``action`` writes to a pseudo-terminal."""
     outer, inner = os.openpty()
+    received = bytearray()
+
+    def read() -> None:
+        # Linux ends a closed pseudo-terminal with EIO.
+        with contextlib.suppress(OSError):
+            while part := os.read(outer, 65536):
+                received.extend(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
     with os.fdopen(inner, "w", encoding="utf-8") as stream:
         action(stream)
-        os.set_blocking(outer, False)
-        stream.flush()
-        received = os.read(outer, 1 << 20).decode()
+    reader.join()
     os.close(outer)
-    return received
+    return received.decode()
 
 
 @pytest.mark.parametrize("no_color", [False, True])

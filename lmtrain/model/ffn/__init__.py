@@ -1,5 +1,5 @@
 """Branches that act on each token alone; importing registers them."""
 
-from lmtrain.model.ffn import mlp
+from lmtrain.model.ffn import mlp, moe
 
-__all__ = ["mlp"]
+__all__ = ["mlp", "moe"]

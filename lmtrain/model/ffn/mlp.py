@@ -40,6 +40,13 @@ class MLPConfig:
         return 0
 
 
+def activate(activation: str, up: Tensor, gate: Tensor | None) -> Tensor:
+    """The hidden layer of an MLP or an expert; ``gate`` belongs to swiglu alone."""
+    if gate is not None:
+        return F.silu(gate) * up
+    return F.gelu(up) if activation == "gelu" else F.relu(up).square()
+
+
 @register("mlp")
 class MLP(Branch):
     """See the module. No state."""
@@ -56,14 +63,8 @@ class MLP(Branch):
         self.down = nn.Linear(cfg.d_ff, d_model, bias=False)
 
     def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
-        up = self.up(x)
-        if self.cfg.activation == "swiglu":
-            hidden = F.silu(self.gate(x)) * up
-        elif self.cfg.activation == "gelu":
-            hidden = F.gelu(up)
-        else:
-            hidden = F.relu(up).square()
-        return self.down(hidden), {}, {}
+        gate = self.gate(x) if self.cfg.activation == "swiglu" else None
+        return self.down(activate(self.cfg.activation, self.up(x), gate)), {}, {}
 
     def param_info(self) -> dict[str, ParamInfo]:
         d_ff, d_model, std = self.cfg.d_ff, self.d_model, 0.02

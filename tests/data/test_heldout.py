@@ -1,0 +1,79 @@
+"""Held-out batches: every token a target once for any number of ranks, and the bytes they stand for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lmtrain.data.batch import IGNORE
+from lmtrain.data.config import DataConfig
+from lmtrain.data.heldout import Heldout
+from lmtrain.data.manifest import Manifest
+from lmtrain.data.store import Store
+from lmtrain.data.tokenizer import Tokenizer
+
+Config = Callable[..., DataConfig]
+
+
+@pytest.mark.parametrize(("ranks", "rows"), [(1, 1), (1, 7), (2, 3), (3, 4), (8, 2)])
+def test_every_token_is_a_target_once(prepared: Path, data_config: Config, ranks: int, rows: int) -> None:
+    heldout = Heldout(data_config())
+    for number, name in enumerate(heldout.source_names):
+        store = Store(prepared / name / "heldout")
+        targets: Counter[int] = Counter()
+        lengths = set()
+        for rank in range(ranks):
+            batches = list(heldout.batches(name, rows, rank, ranks))
+            lengths.add(len(batches))
+            for batch in batches:
+                assert batch.tokens.shape == (rows, 64) and (batch.docs.before == 0).all()
+                assert (batch.source == number).all()
+                for row, block in enumerate(batch.block.tolist()):
+                    columns = np.flatnonzero(batch.labels[row].numpy() != IGNORE)
+                    assert block >= 0 or not columns.size
+                    for column in columns:
+                        position = block * 64 + int(column) + 1
+                        targets[position] += 1
+                        assert int(batch.labels[row, column]) == store.tokens(position, 1)[0]
+        assert len(lengths) == 1
+        firsts = set(store.document_starts[:-1].tolist())
+        assert targets == Counter({p: 1 for p in range(store.num_tokens) if p not in firsts})
+        assert heldout.num_tokens[name] == store.num_tokens and heldout.num_unpredicted[name] == len(firsts)
+
+
+def test_padding_is_another_document(data_config: Config) -> None:
+    heldout = Heldout(data_config())
+    name = next(name for name in heldout.source_names if (heldout.num_tokens[name] - 1) % 64)
+    last = list(heldout.batches(name, 1))[-1]
+    real = (heldout.num_tokens[name] - 1) % 64
+    ids = last.docs.ids[0]
+    assert (last.labels[0, real:] == IGNORE).all() and (ids[real + 1 :] > ids[real]).all()
+
+
+def test_bytes_of_text(prepared: Path, data_config: Config) -> None:
+    tokenizer = Tokenizer.load(prepared / "tokenizer.json")
+    heldout = Heldout(data_config())
+    assert heldout.vocab_size == tokenizer.vocab_size and heldout.source_names
+    for name in heldout.source_names:
+        store, manifest = Store(prepared / name / "heldout"), Manifest.read(prepared / name)
+        documents = [tokenizer.decode(store.document(j)[:-1]) for j in range(store.num_documents)]
+        assert manifest.heldout.bytes == [len(text.encode()) for text in documents]
+        assert heldout.bytes_of_text[name] == manifest.bytes_of_text["heldout"] == sum(manifest.heldout.bytes)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 63, 64, 65, 500, 10**9])
+def test_only_the_first_tokens(prepared: Path, data_config: Config, max_tokens: int) -> None:
+    tokenizer = Tokenizer.load(prepared / "tokenizer.json")
+    heldout = Heldout(data_config(), max_tokens)
+    for name in heldout.source_names:
+        store = Store(prepared / name / "heldout")
+        used = heldout.num_tokens[name]
+        assert used == min(max_tokens, store.num_tokens)
+        ids = [i for i in store.tokens(0, used).tolist() if i != tokenizer.eod_id]
+        assert heldout.bytes_of_text[name] == len(tokenizer.decode(ids).encode())
+        targets = sum(batch.num_targets for batch in heldout.batches(name, 2))
+        assert targets == used - heldout.num_unpredicted[name]

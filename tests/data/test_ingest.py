@@ -1,0 +1,236 @@
+"""From text to prepared data: what is kept, what is held out, and that nothing else decides the bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lmtrain.data import ingest
+from lmtrain.data.ingest import PrepareConfig, prepare
+from lmtrain.data.manifest import Manifest, verify
+from lmtrain.data.overlap import overlap, shingles, text_digest
+from lmtrain.data.reading import SourceOptions
+from lmtrain.data.store import Store
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.errors import DataError, StorageError, UsageError
+
+Write = Callable[..., str]
+Text = Callable[[int, int], str]
+
+
+@pytest.fixture
+def config(tmp_path: Path, prepared: Path) -> Callable[..., PrepareConfig]:
+    """``config(name=path, ..., heldout=0.2)``, with the tokenizer of ``prepared``."""
+
+    def build(heldout: float = 0.2, **paths: str) -> PrepareConfig:
+        sources = {name: SourceOptions(path) for name, path in paths.items()}
+        tokenizer = str(prepared / "tokenizer.json")
+        return PrepareConfig(out=str(tmp_path / "out"), tokenizer=tokenizer, heldout=heldout, sources=sources)
+
+    return build
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def texts(folder: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer.load(folder.parent / "tokenizer.json")
+    store = Store(folder / split)
+    return [tokenizer.decode(store.document(j)).removesuffix(tokenizer.eod) for j in range(store.num_documents)]
+
+
+def removed(folder: Path) -> dict[str, int]:
+    return {step["step"]: step["removed"] for step in Manifest.read(folder).pipeline if "removed" in step}
+
+
+def test_workers_do_not_change_a_byte(text_files: dict[str, str], prepared: Path, tmp_path: Path) -> None:
+    sources = {name: SourceOptions(path) for name, path in text_files.items()}
+    cfg = PrepareConfig(str(tmp_path / "two"), "train:320", sources, heldout=0.2, workers=2)
+    assert prepare(cfg)[1]
+    assert contents(tmp_path / "two") == contents(prepared)
+
+
+def test_every_document_is_somewhere_once(text_files: dict[str, str], prepared: Path) -> None:
+    for name, path in text_files.items():
+        manifest = verify(prepared / name)
+        written = [json.loads(line)["text"] for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        train, heldout = texts(prepared / name, "train"), texts(prepared / name, "heldout")
+        assert sorted(train + heldout) == sorted(set(written)) and train and heldout
+        assert train != [text for text in written if text in train]  # shuffled
+        assert manifest.bytes_of_text == {
+            "train": sum(len(text.encode()) for text in train), "heldout": sum(len(text.encode()) for text in heldout)
+        }  # fmt: skip
+        assert manifest.heldout.hashes == [text_digest(text).hex() for text in heldout]
+
+
+def test_what_is_left_out(tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text) -> None:
+    base = [{"id": str(i), "text": make_text(i, 80)} for i in range(40)]
+    words = base[0]["text"].split()
+    extra = [{"text": ""}, {"text": " \n"}, {"id": "copy", "text": base[0]["text"].upper().replace(" ", "\n ")}]
+    a = write_jsonl(tmp_path / "a.jsonl", [*base, *extra])
+    b = write_jsonl(tmp_path / "b.jsonl", [base[3], {"id": "0", "text": " ".join(words[:20])}, *base[:0], {"text": "b b"}])
+    prepare(config(heldout=0.3, a=a, b=b))
+    assert removed(tmp_path / "out" / "a")["empty"] == 2 and removed(tmp_path / "out" / "a")["duplicate"] == 1
+    assert removed(tmp_path / "out" / "b")["duplicate"] == 1  # of a document of another source
+    assert Manifest.read(tmp_path / "out" / "a").pipeline[0] == {"step": "read", "documents": 43}
+
+
+def test_near_duplicates_of_heldout_text_are_not_trained_on(
+    tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text
+) -> None:
+    base = [{"id": str(i), "text": make_text(i, 100)} for i in range(30)]
+    prepare(config(a=write_jsonl(tmp_path / "a.jsonl", base)))
+    heldout, train = (texts(tmp_path / "out" / "a", split)[0] for split in ("heldout", "train"))
+    near = {"id": "near", "text": "Changed! " + heldout.replace(" ", ", ").upper()}
+    half = {"id": "half", "text": heldout[: len(heldout) // 4] + make_text(99, 100)}
+    near_train = {"id": "near_train", "text": "changed " + train}
+    again = write_jsonl(tmp_path / "a.jsonl", [*base, near, half, near_train])
+    sides = {row["id"] for row in (near, half, near_train)}
+    prepare(dataclasses.replace(config(a=again), overwrite=True))
+    kept = texts(tmp_path / "out" / "a", "train") + texts(tmp_path / "out" / "a", "heldout")
+    assert len(sides) == 3 and removed(tmp_path / "out" / "a")["near_duplicate_of_heldout"] == 1
+    assert near["text"] not in kept and half["text"] in kept and near_train["text"] in kept
+
+
+def test_overlap_is_the_share_of_known_shingles(make_text: Text) -> None:
+    text = make_text(1, 112)
+    known = shingles(text)
+    assert len(known) == 100 and overlap(text, known) == 1.0 and overlap(make_text(2, 112), known) == 0.0
+    assert overlap(" ".join(text.split()[:62]) + " " + make_text(3, 50), known) == 0.5
+    assert overlap("few words", known) == 0.0 and overlap(text, known[:0]) == 0.0
+
+
+def test_ids_keep_what_belongs_together_on_one_side(
+    tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text
+) -> None:
+    code = [{"id": f"m{i}.py", "text": make_text(i, 50)} for i in range(60)]
+    strings = [{"id": f"m{i}.py", "text": make_text(100 + i, 30), "train_only": True} for i in range(60)]
+    paths = {"code": write_jsonl(tmp_path / "c.jsonl", code), "docs": write_jsonl(tmp_path / "d.jsonl", strings)}
+    prepare(config(**paths))
+    held = {row["id"] for row in code if row["text"] in texts(tmp_path / "out" / "code", "heldout")}
+    assert 4 <= len(held) <= 24 and texts(tmp_path / "out" / "docs", "heldout") == []
+    kept = {row["id"] for row in strings if row["text"] in texts(tmp_path / "out" / "docs", "train")}
+    assert kept == {row["id"] for row in code} - held
+    assert removed(tmp_path / "out" / "docs")["train_only_of_heldout"] == len(held)
+
+
+def test_one_document_does_not_fill_the_heldout_text(
+    tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text
+) -> None:
+    long = "\u00e9" + make_text(5, 20000)
+    documents = [{"id": str(i), "text": make_text(i, 20)} for i in range(5)]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": "long", "text": long + "\u00e9" * i, "n": i} for i in range(1)] + documents)
+    for share in (0.2, 0.6, 0.95):  # until the long one is on the held-out side
+        manifest = prepare(dataclasses.replace(config(heldout=share, a=path), overwrite=True))[0]["a"]
+        if max(manifest.heldout.bytes, default=0) > 10_000:
+            break
+    store = Store(tmp_path / "out" / "a" / "heldout")
+    tokenizer = Tokenizer.load(tmp_path / "out" / "tokenizer.json")
+    cut = store.document(int(manifest.heldout.bytes.index(max(manifest.heldout.bytes))))
+    assert max(manifest.heldout.bytes) == 50_000 and tokenizer.eod_id not in cut  # it does not end there
+    assert long.startswith(tokenizer.decode(cut))
+
+
+def test_a_second_run_does_nothing_or_refuses(
+    tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text
+) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": make_text(i, 20)} for i in range(10)])
+    cfg = config(a=path)
+    first, made = prepare(cfg)
+    assert made and prepare(cfg) == (first, False) and prepare(dataclasses.replace(cfg, workers=2)) == (first, False)
+    with pytest.raises(UsageError, match=r"out/a: made from other text or settings; overwrite=true replaces it"):
+        prepare(dataclasses.replace(cfg, heldout=0.5))
+    with pytest.raises(UsageError, match=r"a tokenizer is there already; tokenizer=.*out/tokenizer.json adds sources"):
+        prepare(dataclasses.replace(cfg, tokenizer="train:300", sources={"b": SourceOptions(path)}))
+    prepare(dataclasses.replace(cfg, sources={"b": SourceOptions(path)}))
+    prepare(dataclasses.replace(cfg, heldout=0.5, overwrite=True))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "a", "b", "tokenizer.json", "tokenizer_config.json"}
+
+
+def test_refusals(tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write) -> None:
+    empty = write_jsonl(tmp_path / "empty.jsonl", [{"text": " "}])
+    good = config(a=write_jsonl(tmp_path / "a.jsonl", [{"text": "words"}]))
+    for cfg, kind, message in [
+        (config(), UsageError, "sources: none given"),
+        (config(**{"a/b": "x"}), UsageError, "sources: 'a/b' is no name"),
+        (config(heldout=1.0, a=empty), UsageError, "heldout: must be at least 0 and below 1, got 1.0"),
+        (dataclasses.replace(good, workers=0), UsageError, "workers: must be at least 1"),
+        (dataclasses.replace(good, tokenizer="train:2k"), UsageError, "expected train:N with a number of ids, got train:2k"),
+        (config(a=empty), DataError, r"sources.a: no text to train on \(1 empty\)"),
+    ]:
+        with pytest.raises(kind, match=message):
+            prepare(cfg)
+    with open(tmp_path / "out" / ".lock", "w", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StorageError, match="another prepare is writing there"):
+            prepare(good)
+    prepare(good)
+
+
+def test_storage_trouble_is_one_line(
+    tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device", "out/x.bin")
+
+    cfg = config(a=write_jsonl(tmp_path / "a.jsonl", [{"text": "words"}]))
+    monkeypatch.setattr(ingest, "_shuffle", full)
+    with pytest.raises(StorageError, match=r"^out/x.bin: No space left on device$"):
+        prepare(cfg)
+    monkeypatch.undo()
+    prepare(cfg)
+    verify(tmp_path / "out" / "a")
+
+
+KILLED = """
+import os, signal, sys
+from lmtrain.data.ingest import PrepareConfig, prepare
+from lmtrain.data.reading import SourceOptions
+out, tokenizer, text = sys.argv[1:]
+cfg = PrepareConfig(out, tokenizer, {"a": SourceOptions(text), "b": SourceOptions(text + "2")}, heldout=0.2)
+replace, fsync = os.replace, os.fsync
+for n in range(1000):
+    left = n
+    def countdown(call):
+        def wrapped(*args):
+            global left
+            if left == 0: os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return call(*args)
+        return wrapped
+    child = os.fork()
+    if child == 0:
+        os.replace, os.fsync = countdown(replace), countdown(fsync)
+        prepare(cfg)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    found = [name for name in ("a", "b") if os.path.exists(os.path.join(out, name))]
+    print(n, status, ",".join(found))
+    from lmtrain.data.manifest import verify
+    for name in found: verify(os.path.join(out, name))
+    if status == 0: break
+"""
+
+
+def test_a_kill_at_any_moment_leaves_nothing_half(
+    tmp_path: Path, prepared: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text
+) -> None:
+    path = write_jsonl(tmp_path / "t", [{"text": make_text(i, 10)} for i in range(9)])
+    write_jsonl(tmp_path / "t2", [{"text": make_text(50 + i, 10)} for i in range(9)])
+    arguments = [str(tmp_path / "out"), str(prepared / "tokenizer.json"), path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=environment, check=True
+    )
+    lines = [line.split(" ") for line in run.stdout.splitlines()]
+    assert len(lines) > 30 and lines[-1][1:] == ["0", "a,b"] and {line[2] for line in lines} >= {"", "a", "a,b"}
+    assert not (tmp_path / "out" / ".partial").exists() and (tmp_path / "out" / "tokenizer.json").exists()
