@@ -28,8 +28,8 @@ def baselines(cfg: DataConfig) -> dict[str, float]:
             num_bytes += sum(source.manifest.heldout.bytes)
     text = b"".join(tokenizer.decode(tokens[tokens != tokenizer.eod_id]).encode() for tokens in heldout)
     seen, told = np.concatenate(train).astype(np.int64), np.concatenate(heldout).astype(np.int64)
-    unigram = np.bincount(seen, minlength=vocab) + 1.0
-    unigram /= unigram.sum()
+    counts = np.bincount(seen, minlength=vocab).astype(np.float64) + 1
+    unigram = counts / counts.sum()
     return {
         "token_unigram_bpb": float(-np.log2(unigram[told]).sum()) / num_bytes,
         "token_bigram_bpb": _bigram_bits(seen, told, unigram) / num_bytes,
@@ -48,6 +48,8 @@ def _bigram_bits(seen: NDArray[np.int64], told: NDArray[np.int64], unigram: NDAr
     at = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
     found = np.where(pairs[at] == asked, counts[at], 0)
     with np.errstate(divide="ignore", invalid="ignore"):
-        mixed = np.maximum(found - discount, 0) / total[first] + discount * kinds[first] / total[first] * unigram[second]
+        mixed = (
+            np.maximum(found - discount, 0) / total[first] + discount * kinds[first] / total[first] * unigram[second]
+        )
     probability = np.where(total[first] > 0, mixed, unigram[second])
     return float(-np.log2(probability).sum() - np.log2(unigram[told[0]]))

@@ -37,11 +37,15 @@ def main() -> int:
             _corpus()
         for folder in (RUN, STRAIGHT):
             shutil.rmtree(folder, ignore_errors=True)
-        with _timed(seconds, "train", "Training on two processes that share every row (sp=2); stopped early on purpose"):
+        with _timed(
+            seconds, "train", "Training on two processes that share every row (sp=2); stopped early on purpose"
+        ):
             stopped_at = _train(RUN, stop_after=STOP_AFTER)
             print(f"\nStopped after step {stopped_at} with a checkpoint. Resuming.\n", flush=True)
             _train(RUN)
-        with _timed(seconds, "resume_proof", f"The same run without the stop, {STRAIGHT_STEPS} steps, to compare bit by bit"):
+        with _timed(
+            seconds, "resume_proof", f"The same run without the stop, {STRAIGHT_STEPS} steps, to compare bit by bit"
+        ):
             _train(STRAIGHT, stop_after=STRAIGHT_STEPS)
         with _timed(seconds, "baselines", "What the held-out text costs without a model"):
             bars = baselines(load(["recipe=demo"]).recipe.data)
@@ -85,7 +89,9 @@ def _train(folder: Path, stop_after: int | None = None) -> int:
                 process.terminate()
                 process.wait()
     exits = folder / "exits.jsonl"
-    verdict = json.loads(exits.read_text(encoding="utf-8").splitlines()[-1]) if exits.exists() else {"code": None}
+    verdict = {"code": None, "step": 0}
+    if exits.exists():
+        verdict = json.loads(exits.read_text(encoding="utf-8").splitlines()[-1])
     if verdict["code"] not in (0, EXIT_STOPPED):
         tail = "\n".join(errors.read_text(encoding="utf-8").splitlines()[-20:])
         raise UnhealthyError(f"training in {folder} ended with {verdict}; the end of {errors}:\n{tail}")

@@ -21,12 +21,15 @@ import torch.distributed as dist
 import yaml
 
 from lmtrain import __version__
-from lmtrain.checkpoint.checkpointer import Checkpointer, branch_from, init_from
+from lmtrain.checkpoint import commit
+from lmtrain.checkpoint.checkpointer import HASHER, Checkpointer, branch_from, init_from
 from lmtrain.checkpoint.lock import RunLock
+from lmtrain.checkpoint.manifest import directory_name
 from lmtrain.checkpoint.ranks import Ranks
-from lmtrain.checkpoint.storage import check_space, probe_writable
+from lmtrain.checkpoint.storage import LocalStorage, check_space, probe_writable
 from lmtrain.config.help import answer
 from lmtrain.config.load import Settings, load
+from lmtrain.config.recipe import Recipe
 from lmtrain.data.heldout import Heldout
 from lmtrain.data.loader import Loader
 from lmtrain.data.schedule import ScheduleLog
@@ -41,7 +44,7 @@ from lmtrain.parallel.supported import check as check_supported
 from lmtrain.plan.dry_run import embedding_rows, rows_per_pass, summary
 from lmtrain.plan.text import text as dry_run_text
 from lmtrain.train.console import Console
-from lmtrain.train.environment import describe_run
+from lmtrain.train.environment import describe_run, redact
 from lmtrain.train.hardware import describe, peak_flops, resolve_device, resolve_dtype
 from lmtrain.train.learning_rate import check as check_schedule
 from lmtrain.train.loop import Progress, Trainer
@@ -57,6 +60,8 @@ TRAINED = ("model", "data", "train", "seed")
 VIEWS = ("log_every", "wandb")
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,12 +119,8 @@ def run(settings: Settings, argv: list[str]) -> int:
     device = resolve_device(cluster.device)
     dtype = resolve_dtype(cluster.dtype, device)
     kernels = chosen(device.type, dtype)
-    problems = check_sources(recipe.data)
-    if problems:
-        raise DataError("; ".join(problems))
-    vocab_size = embedding_rows(recipe.model, Tokenizer.load(recipe.data.tokenizer).vocab_size)
-    assert vocab_size is not None, "known, since the tokenizer is"
     microbatch = rows_per_pass(recipe.data, recipe.train, cluster, cluster.mesh)
+    vocab_size = _check_data(recipe, cluster, microbatch, steps)
     plan = Plan(cluster, world, device, dtype, vocab_size, microbatch, total_steps=steps, kernels=kernels)
     _start_processes(device)
     try:
@@ -127,6 +128,27 @@ def run(settings: Settings, argv: list[str]) -> int:
             return _attempt(settings, plan, argv, stop)
     finally:
         dist.destroy_process_group()
+
+
+def _check_data(recipe: Recipe, cluster: ClusterConfig, microbatch: int, steps: int) -> int:
+    """Rows of the embedding. Raises what is wrong with the data, before there is a run folder."""
+    weights = {name: source.weight for name, source in recipe.data.sources.items()}
+    try:
+        loader = Loader(
+            recipe.data,
+            seed=recipe.seed,
+            batch_tokens=recipe.train.batch_tokens,
+            microbatch=microbatch,
+            dp_rank=0,
+            dp_size=cluster.mesh.dp_replicate * cluster.mesh.dp_shard,
+            log=ScheduleLog.fixed(weights),
+        )
+    except DataError as error:
+        raise DataError("; ".join(check_sources(recipe.data)) or str(error)) from error
+    vocab_size = embedding_rows(recipe.model, loader.vocab_size)
+    assert vocab_size is not None, "known, since the tokenizer is"
+    loader.check(steps)
+    return vocab_size
 
 
 def _attempt(settings: Settings, plan: Plan, argv: list[str], stop: StopRequest) -> int:
@@ -137,7 +159,14 @@ def _attempt(settings: Settings, plan: Plan, argv: list[str], stop: StopRequest)
     progress = Progress()
     held: list[tuple[RunFolder, RunLock]] = []
     recorders: list[Recorder] = []
-    ranks.on_first(lambda: held.append(_take_folder(settings, plan, argv, run_dir, start_id)))
+
+    def take() -> bool:
+        taken = _take_folder(settings, plan, argv, run_dir, start_id)
+        held.extend([] if taken is None else [taken])
+        return taken is None
+
+    if ranks.on_first(take):
+        return EXIT_DONE
     try:
         trainer = _build(settings, plan, ranks, run_dir, start_id, progress, stop, held[0][0] if held else None)
         if trainer.recorder:
@@ -162,13 +191,20 @@ def _attempt(settings: Settings, plan: Plan, argv: list[str], stop: StopRequest)
 
 def _take_folder(
     settings: Settings, plan: Plan, argv: list[str], run_dir: Path, start_id: str
-) -> tuple[RunFolder, RunLock]:
-    """The run folder, locked; rank 0 only. Begins the schedule log with the recipe's mixture if there is none."""
+) -> tuple[RunFolder, RunLock] | None:
+    """The run folder, locked; rank 0 only. None, with nothing changed, if its run is finished.
+
+    Begins the schedule log with the recipe's mixture if there is none.
+    """
     folder = RunFolder(run_dir)
     lock = RunLock(run_dir, start_id)
     try:
         probe_writable(run_dir)
         folder.keep_recipe(yaml.safe_dump(_plain(settings.recipe), sort_keys=False), _trained)
+        if settings.launch.resume in ("auto", "true") and (last := _finished(folder, settings, plan.total_steps)):
+            logger.info("%s is finished: %s steps; its last checkpoint is %s", run_dir, plan.total_steps, last)
+            lock.release()
+            return None
         where = {"cluster": _plain(plan.cluster), "dtype": str(plan.dtype), "kernels": plan.kernels}
         folder.begin(describe_run(argv, describe(plan.device)) | where)
         weights = {name: source.weight for name, source in settings.recipe.data.sources.items()}
@@ -177,6 +213,19 @@ def _take_folder(
         lock.release()
         raise
     return folder, lock
+
+
+def _finished(folder: RunFolder, settings: Settings, total_steps: int) -> Path | None:
+    """The last checkpoint of a run that came to its end, if it verifies."""
+    verdict = folder.exits()[-1:]
+    if [(row["code"], row["step"]) for row in verdict] != [(EXIT_DONE, total_steps)]:
+        return None
+    path = folder.path / "checkpoints" / directory_name(total_steps)
+    try:
+        commit.verify(LocalStorage(), path, settings.recipe.checkpoint.verify, HASHER)
+    except DataError:
+        return None
+    return path
 
 
 def _build(
@@ -219,7 +268,7 @@ def _build(
         num_sources=len(recipe.data.sources),
         z_loss=recipe.train.z_loss,
     )
-    identity = {
+    identity: dict[str, Any] = {
         "mesh": _plain(cluster.mesh),
         "recipe_sha256": _digest(_trained(yaml.safe_dump(_plain(recipe)))),
         "tokenizer_fingerprint": loader.fingerprint,
@@ -234,7 +283,13 @@ def _build(
         console = Console(plan.total_steps, recipe.train.log_every)
         console.banner(_banner(settings, plan, loader, heldout, origin))
         metrics = MetricsLog(folder.metrics, folder.attempt, progress.step, progress.tokens)
-        wandb = WandbView(recipe.train.wandb, run_dir, folder.attempt, _plain(recipe), console.note)
+        wandb = WandbView(
+            recipe.train.wandb,
+            run_dir,
+            folder.attempt,
+            yaml.safe_load(redact(yaml.safe_dump(_plain(recipe)))),
+            console.note,
+        )
         recorder = Recorder(folder, metrics, console, wandb)
     peak = peak_flops(device, plan.dtype)
     return Trainer(
@@ -247,6 +302,7 @@ def _build(
         engine=engine,
         loader=loader,
         heldout=heldout,
+        tokenizer=Tokenizer.load(recipe.data.tokenizer),
         rows=plan.microbatch,
         checkpointer=checkpointer,
         schedule={"events": [dataclasses.asdict(event) for event in log.events]},
@@ -258,9 +314,7 @@ def _build(
     )
 
 
-def _restore(
-    settings: Settings, plan: Plan, checkpointer: Checkpointer, engine: FSDPEngine, progress: Progress
-) -> str:
+def _restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine: FSDPEngine, progress: Progress) -> str:
     """Fill engine and progress from where the run begins; a sentence that says where that is."""
     launch, run_dir = settings.launch, checkpointer.run_dir
     tensors, _ = engine.state_dict()

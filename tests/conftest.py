@@ -11,7 +11,7 @@ import pytest
 # helpers beside the tests are imported as `tests.…`, here and in spawned ranks, whatever started pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.distributed.ranks import Ranks  # noqa: E402
+from tests.distributed.ranks import Ranks
 
 
 @pytest.fixture(scope="session")

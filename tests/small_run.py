@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -25,7 +24,6 @@ from typing import Any
 
 import psutil
 import pytest
-import torch
 import torch.distributed as dist
 
 from lmtrain.checkpoint.lock import RunLock
@@ -285,13 +283,3 @@ def assert_clean(run_dir: Path) -> None:
     lock_text = (run_dir / "run.lock").read_text(encoding="utf-8")
     RunLock(run_dir, "test").release()
     (run_dir / "run.lock").write_text(lock_text, encoding="utf-8")
-
-
-def torch_is_single_threaded() -> bool:
-    """Bits depend on the number of threads."""
-    return torch.get_num_threads() == 1
-
-
-def terminate_self(*_: object) -> None:
-    """A SIGTERM from a scheduler, at a step the test chooses."""
-    os.kill(os.getpid(), signal.SIGTERM)

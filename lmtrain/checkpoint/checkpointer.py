@@ -178,10 +178,9 @@ class Checkpointer:
             shards = {name: record for name, record in records if record is not None}
             return self.ranks.on_first(lambda: self._commit(path, step, tokens, writer.table, shards, documents))
         except Exception:
-            # every rank has stopped writing: the steps above end on all ranks together
-            if self.ranks.rank == 0:
-                with contextlib.suppress(OSError):
-                    self.storage.remove(path)
+            # the steps above end on all ranks together, so nobody writes any more; nobody reports before it is gone
+            with contextlib.suppress(Exception):
+                self.ranks.on_first(lambda: self.storage.remove(path))
             raise
 
     def _begin(self, step: int) -> Path:

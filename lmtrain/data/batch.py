@@ -11,8 +11,6 @@ from lmtrain.ops.cross_entropy import IGNORE
 from lmtrain.ops.documents import Documents
 
 
-
-
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of rows, or one sequence shard of it.
@@ -66,8 +64,15 @@ class Batch:
 
 
 def make_batch(
-    tokens: Tensor, ids: Tensor, *, source: Tensor, block: Tensor, run: Tensor | None = None, log_length: int = 1,
-    before: Tensor | None = None, padding: Tensor | None = None,
+    tokens: Tensor,
+    ids: Tensor,
+    *,
+    source: Tensor,
+    block: Tensor,
+    run: Tensor | None = None,
+    log_length: int = 1,
+    before: Tensor | None = None,
+    padding: Tensor | None = None,
 ) -> Batch:
     """A batch from whole windows.
 

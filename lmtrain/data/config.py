@@ -43,6 +43,8 @@ class DataConfig:
             raise ValueError(f"max_epochs: must be positive, got {self.max_epochs}")
         for name in self.sources:
             if not name.isidentifier():
-                raise ValueError(f"sources: {name!r} is no name; use letters, digits and _ (it becomes a metric's name)")
+                raise ValueError(
+                    f"sources: {name!r} is no name; use letters, digits and _ (it becomes a metric's name)"
+                )
         if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: every weight is 0; give at least one source a positive weight")

@@ -71,11 +71,11 @@ def prepare(cfg: PrepareConfig) -> tuple[dict[str, Manifest], bool]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
+            work = out / ".partial"
+            shutil.rmtree(work, ignore_errors=True)  # of a run that was cut short
             done = _existing(cfg, out, inputs)
             if done is not None:
                 return done, False
-            work = out / ".partial"
-            shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             manifests = _build(cfg, work, inputs)
             _publish(out, work, manifests)
@@ -100,7 +100,8 @@ def _check(cfg: PrepareConfig) -> None:
 
 def _inputs(cfg: PrepareConfig) -> str:
     """Digest of all that decides the output."""
-    tokenizer = cfg.tokenizer if cfg.tokenizer.startswith("train:") else Tokenizer.load(cfg.tokenizer, cfg.eod).fingerprint
+    trained = cfg.tokenizer.startswith("train:")
+    tokenizer = cfg.tokenizer if trained else Tokenizer.load(cfg.tokenizer, cfg.eod).fingerprint
     sources = {name: [asdict(options), inputs_digest(options)] for name, options in cfg.sources.items()}
     parts = [PIPELINE_VERSION, tokenizer, cfg.eod, cfg.heldout, list(sources.items())]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
@@ -138,7 +139,9 @@ def _build(cfg: PrepareConfig, work: Path, inputs: str) -> dict[str, Manifest]:
     selections, known = select(cfg.sources, cfg.heldout)
     for name, selection in selections.items():
         if not selection.train_bytes:
-            raise DataError(f"sources.{name}: no text to train on ({_counts(selection) or 'no documents'})")
+            raise DataError(f"sources.{name}: no text to train on ({_counts(selection)}); give more, or lower heldout")
+        if cfg.heldout and not selection.hashes:
+            log.warning("%s: nothing was held out (%s); raise heldout, or give more documents", name, _counts(selection))
     tokenizer = _tokenizer(cfg, work, selections)
     np.save(work / "heldout.npy", known)
     encoder = Encoder(tokenizer.path, tokenizer.eod, str(work / "heldout.npy"))
@@ -231,7 +234,8 @@ def _write_source(
 
 
 def _counts(selection: Selection) -> str:
-    return ", ".join(f"{count} {step}" for step, count in sorted(selection.removed.items()))
+    parts = {"documents": len(selection.sides), **selection.removed, "held out": len(selection.hashes)}
+    return ", ".join(f"{count} {step}" for step, count in parts.items())
 
 
 def _shuffle(unshuffled: Path, final: Path, vocab_size: int, name: str) -> None:

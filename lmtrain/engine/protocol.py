@@ -18,7 +18,8 @@ class StepInfo:
 
     loss_sum: nats over all targets of the step. flags: the flags of all ranks, summed. grad_norm: global, before
     clipping (None if nothing was computed). skipped: why the step was not taken. source_loss: fp64 ``[S, 2]``, nats and
-    targets per source id. seconds: wall time on this rank.
+    targets per source id. branch_loss: what branches added to the loss, per target. router_load: int64 ``[E]``, choices of
+    each expert, by place. seconds: wall time on this rank.
     """
 
     loss_sum: float
@@ -27,6 +28,8 @@ class StepInfo:
     grad_norm: float | None
     skipped: str | None
     source_loss: Tensor
+    branch_loss: float
+    router_load: dict[int, Tensor]
     seconds: float
 
     @property
@@ -45,7 +48,13 @@ class Engine(Protocol):
         """Nats per target, fp32 (fp64 under float64) ``[B, T]``, 0 where there is none; no gradient; collective."""
 
     def decode(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:
-        """int ``[B, T]`` continuing ``state`` to logits ``[B, T, V]``; the state's ``length`` ``[B]`` grows by T."""
+        """int ``[B, T]`` continuing ``state`` to logits ``[B, T, V]``; the state's ``length`` ``[B]`` grows by T.
+
+        Collective: every rank decodes the same rows.
+        """
+
+    def init_state(self, batch: int) -> State:
+        """The state of ``batch`` rows before their first token, for ``decode``."""
 
     def parameters_fp32(self) -> Iterator[tuple[str, Tensor]]:
         """Master weights by name, sharded as they are."""

@@ -96,7 +96,6 @@ class LocalContext:
         o, _ = attention(q, k, v, positions=self.positions, window=window, scale=scale)
         return o, keep(k, v, window) if self.carries else None
 
-
     def dispatch(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Restore]:
         rows, counts, restore = sort_by_expert(x, experts, num_experts)
         return rows, counts.cumsum(dim=0).to(torch.int32), restore

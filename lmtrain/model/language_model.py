@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +28,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
         if self.recompute and torch.is_grad_enabled():
-            run: Any = checkpoint(
-                self._run, x, ctx, state, streams, use_reentrant=False, preserve_rng_state=False
-            )
+            run: Any = checkpoint(self._run, x, ctx, state, streams, use_reentrant=False, preserve_rng_state=False)
             y, state, streams = run
         else:
             y, state, streams = self._run(x, ctx, state, streams)
@@ -56,7 +54,9 @@ class LanguageModel(nn.Module):
             settings = cfg.branches[name]
             place = Place(index, len(order), seen[settings.kind])
             seen[settings.kind] += 1
-            self.blocks.append(Block(branch_class(settings.kind)(settings, cfg.d_model, place), cfg.d_model, cfg.norm_eps))
+            self.blocks.append(
+                Block(branch_class(settings.kind)(settings, cfg.d_model, place), cfg.d_model, cfg.norm_eps)
+            )
         self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, vocab_size, bias=False)
         differing = self.param_info().keys() ^ dict(self.named_parameters()).keys()
@@ -69,7 +69,7 @@ class LanguageModel(nn.Module):
         before = state.get("blocks", {})
         after: State = {}
         streams: Streams = {}
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.stack):
             reads = block.branch.reads
             x, new, written = block(
                 x, ctx, before.get(str(index), {}), {name: streams[name] for name in streams if name in reads}
@@ -81,9 +81,14 @@ class LanguageModel(nn.Module):
         logits = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
         return logits, {"blocks": after} if ctx.carries else {}
 
+    @property
+    def stack(self) -> list[Block]:
+        """The blocks, first to last."""
+        return cast("list[Block]", list(self.blocks))
+
     def init_state(self, batch: int, device: torch.device | str) -> State:
         """The state of ``batch`` sequences before their first token; ``length`` int32 ``[B]`` counts tokens held."""
-        blocks = {str(i): block.branch.init_state(batch, device) for i, block in enumerate(self.blocks)}
+        blocks = {str(i): block.branch.init_state(batch, device) for i, block in enumerate(self.stack)}
         return {
             "blocks": {name: state for name, state in blocks.items() if state},
             "length": torch.zeros(batch, dtype=torch.int32, device=device),
@@ -92,7 +97,7 @@ class LanguageModel(nn.Module):
     def param_info(self) -> dict[str, ParamInfo]:
         std, d_model = self.cfg.init_std, self.cfg.d_model
         info = {"embed.weight": ParamInfo("embedding", normal(std), fan_in=self.vocab_size, fan_out=d_model)}
-        for index, block in enumerate(self.blocks):
+        for index, block in enumerate(self.stack):
             info[f"blocks.{index}.norm.weight"] = block.norm.param_info()["weight"]
             info |= {f"blocks.{index}.branch.{name}": one for name, one in block.branch.param_info().items()}
         info["final_norm.weight"] = self.final_norm.param_info()["weight"]

@@ -10,7 +10,7 @@ from lmtrain.ops.op import Cost, check_shape, compute_dtype
 
 
 def visible(positions: Tensor, num_keys: int, offset: int, window: int | None) -> Tensor:
-    """bool ``[B, Tq, Tk]``: query i, key column ``i + offset - d``, sees it iff ``0 <= d <= positions[i]``, d < window."""
+    """bool ``[B, Tq, Tk]``: query i sees key column ``i + offset - d`` iff ``0 <= d <= positions[i]``, d < window."""
     column = torch.arange(positions.shape[1], device=positions.device) + offset
     distance = column[:, None] - torch.arange(num_keys, device=positions.device)[None, :]
     mask = (distance >= 0) & (distance <= positions[:, :, None])

@@ -34,7 +34,7 @@ def inverse_of(order: Tensor) -> Tensor:
 
 
 def grouped_mm(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """``x[o_{g-1} : o_g] @ weight[g]``: x ``[N, D]``, weight ``[G, D, F]``, offsets int32 ``[G]`` cumulative, the last N.
+    """``x[o_{g-1} : o_g] @ weight[g]``: x ``[N, D]``, weight ``[G, D, F]``, offsets int32 ``[G]`` up to N.
 
     One call of torch's grouped product where it takes the dtype and the strides (rows of whole 16 bytes), else a loop.
     """

@@ -23,7 +23,7 @@ def _starts(x: Tensor, docs: Documents | None) -> Tensor:
 
 
 def _scale(factor: Tensor, state: Tensor) -> Tensor:
-    """``factor . state`` over the leading dims of ``state``, 0 where the factor is 0 even if the state is not finite."""
+    """``factor . state`` over the leading dims of ``state``, 0 where the factor is 0, even of infinities."""
     factor = factor[..., None, None]
     return torch.where(factor == 0, state.new_zeros(()), factor * state)
 
@@ -90,7 +90,9 @@ def chunked(
     carried = (run == 0)[:, :, None, None]  # tokens of the document that entered the chunk
     reach = torch.where(carried, torch.where(carried, logs, zero).cumsum(dim=-1).exp(), zero)
     gamma = reach[..., -1]  # [B, n, G, R]
-    state = ends.new_zeros(ends[:, 0].shape) if count else x.new_zeros(batch, groups, heads, d_state, head_dim, dtype=dtype)
+    state = (
+        ends.new_zeros(ends[:, 0].shape) if count else x.new_zeros(batch, groups, heads, d_state, head_dim, dtype=dtype)
+    )
     if initial_state is not None:
         state = initial_state.to(dtype).reshape(state.shape)
     entering = []

@@ -39,7 +39,7 @@ class ClusterConfig:
     kernels: str = "auto"
     """auto, or a backend by name (reference, cpu): refused where it does not exist."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
-    """Compute dtype; master weights stay fp32 (fp64 under float64). auto: bfloat16 where the device multiplies it fast."""
+    """Compute dtype; master weights stay fp32 (fp64 under float64). auto: bfloat16 where the device is fast in it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if torch sees a GPU, else cpu."""
     sp_attention: Literal["auto", "heads", "gather"] = "auto"

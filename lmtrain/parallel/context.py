@@ -2,35 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
 
 from lmtrain.errors import UsageError
-from lmtrain.model.context import Cache, Context, LocalContext, Phase, join, keep
+from lmtrain.model.context import Cache, Context, LocalContext, Phase, Restore, join, keep
 from lmtrain.ops.attention import attention
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import AffineOp
 from lmtrain.parallel.exchange import GatherSequence, Halo, PrefixState, from_heads, to_heads
+from lmtrain.parallel.expert import dispatch
+from lmtrain.parallel.mesh import Mesh
 
 
-class SequenceContext:
+class ExpertContext(LocalContext):
+    """Whole rows, experts spread over ``experts`` (None: all of them here)."""
+
+    def __init__(
+        self, docs: Documents, experts: dist.ProcessGroup | None, phase: Phase = "train", carries: bool = False
+    ) -> None:
+        super().__init__(docs, phase, carries)
+        self.experts = experts
+
+    def dispatch(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Restore]:
+        if self.experts is None:
+            return super().dispatch(x, experts, num_experts)
+        return dispatch(x, experts, num_experts, self.experts)
+
+
+class SequenceContext(ExpertContext):
     """One rank's contiguous shard of every row (``docs.cut``); see ``lmtrain.model.context.Context``.
 
-    method: how softmax attention crosses shards; ``heads`` where ``sp`` divides the key heads, else ``gather``; ``auto``
-    takes heads where they divide and nothing is carried.
+    method: how softmax attention crosses shards: ``heads`` (where ``sp`` divides the key heads and nothing is carried),
+    ``gather``, or ``auto``: heads where it can.
     """
 
     def __init__(
-        self, docs: Documents, group: dist.ProcessGroup, method: str, phase: Phase = "train", carries: bool = False
+        self,
+        docs: Documents,
+        group: dist.ProcessGroup,
+        method: str,
+        phase: Phase = "train",
+        carries: bool = False,
+        experts: dist.ProcessGroup | None = None,
     ) -> None:
+        super().__init__(docs, experts, phase, carries)
         assert docs.whole is not None, "a shard's documents come from Documents.cut"
-        self.docs = docs
-        self.positions = docs.positions()
         self.row_positions = docs.whole.positions()
-        self.phase = phase
-        self.carries = carries
         self.group = group
         self.method = method
 
@@ -51,7 +71,9 @@ class SequenceContext:
 
     def halo(self, x: Tensor, width: int, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         if x.shape[1] < width:
-            raise UsageError(f"sp: a shard of {x.shape[1]} columns is shorter than the {width} a convolution looks back")
+            raise UsageError(
+                f"sp: a shard of {x.shape[1]} columns is shorter than the {width} a convolution looks back"
+            )
         return Halo.apply(x, width, tail, self.group)
 
     def attention(
@@ -76,11 +98,21 @@ class SequenceContext:
         o, _ = attention(q, k, v, positions=self.positions, window=window, scale=scale, offset=offset)
         return o, keep(k, v, window) if self.carries else None
 
+    def all_sum(self, counts: Tensor, over: Literal["row"]) -> Tensor:
+        total = counts.clone()
+        dist.all_reduce(total, group=self.group)
+        return total
+
 
 def make_context(
-    docs: Documents, group: dist.ProcessGroup | None, method: str, phase: Phase = "train", carries: bool = False
+    docs: Documents,
+    mesh: Mesh,
+    method: str,
+    phase: Phase = "train",
+    carries: bool = False,
 ) -> Context:
-    """The context of a batch: local where the row is whole, else of this rank's shard."""
-    if docs.whole is None or group is None:
-        return LocalContext(docs, phase, carries)
-    return SequenceContext(docs, group, method, phase, carries)
+    """The context of a batch on ``mesh``: of whole rows, or of this rank's shard of them."""
+    experts = mesh.experts if mesh.cfg.ep > 1 else None
+    if docs.whole is None:
+        return ExpertContext(docs, experts, phase, carries)
+    return SequenceContext(docs, mesh.sequence, method, phase, carries, experts)

@@ -31,9 +31,7 @@ def _exchange(x: Tensor, send: list[int], receive: list[int], group: dist.Proces
     return out
 
 
-def dispatch(
-    x: Tensor, experts: Tensor, num_experts: int, group: dist.ProcessGroup
-) -> tuple[Tensor, Tensor, Restore]:
+def dispatch(x: Tensor, experts: Tensor, num_experts: int, group: dist.ProcessGroup) -> tuple[Tensor, Tensor, Restore]:
     """``Context.dispatch`` where rank p of the group holds experts ``[p E / P, (p + 1) E / P)``."""
     size = group.size()
     rows, counts, restore = sort_by_expert(x, experts, num_experts)

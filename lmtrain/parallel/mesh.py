@@ -42,6 +42,10 @@ def resolve(cfg: MeshConfig, world_size: int) -> MeshConfig:
             f"{'process runs' if world_size == 1 else 'processes run'}; start {known} "
             f"(torchrun --nproc-per-node {known}), or set mesh.dp_shard=-1 (fill)"
         )
+    block = sizes["dp_shard"] * sizes["sp"]
+    if cfg.ep < 1 or block % cfg.ep:
+        fits = max(n for n in range(1, block + 1) if block % n == 0 and n <= max(cfg.ep, 1))
+        raise UsageError(f"mesh.ep: {cfg.ep} does not divide dp_shard x sp = {block}; nearest: {fits}")
     return MeshConfig(**sizes, ep=cfg.ep)
 
 
@@ -50,15 +54,23 @@ class Mesh:
     """A resolved mesh and this rank's place in it.
 
     shard: the mesh parameters are sharded over: ``(fsdp,)``, or ``(dp_replicate, fsdp)`` where replicas exist; fsdp is
-        dp_shard x sp, since sp ranks hold different tokens. sequence: the process group of this rank's row.
+        dp_shard x sp, since sp ranks hold different tokens. expert_shard, expert_axis: the same ranks re-cut, ``(efsdp,)``
+        or ``(dp_replicate, efsdp)`` beside ``(ep,)``. sequence: the process group of this rank's row.
     """
 
     cfg: MeshConfig
     shard: DeviceMesh
+    expert_shard: DeviceMesh
+    expert_axis: DeviceMesh
     sequence: dist.ProcessGroup
     data_rank: int
     data_size: int
     sequence_rank: int
+
+    @property
+    def experts(self) -> dist.ProcessGroup:
+        """The group over which this rank's experts are spread."""
+        return self.expert_axis.get_group()
 
     @property
     def sp(self) -> int:
@@ -77,9 +89,14 @@ def build_mesh(cfg: MeshConfig, device_type: str) -> Mesh:
         shard = init_device_mesh(device_type, (replicas, shards * sp), mesh_dim_names=("dp_replicate", "fsdp"))
     else:
         shard = init_device_mesh(device_type, (shards * sp,), mesh_dim_names=("fsdp",))
+    sparse = init_device_mesh(
+        device_type, (replicas, shards * sp // cfg.ep, cfg.ep), mesh_dim_names=("dp_replicate", "efsdp", "ep")
+    )
     return Mesh(
         cfg=cfg,
         shard=shard,
+        expert_shard=sparse["dp_replicate", "efsdp"] if replicas > 1 else sparse["efsdp"],
+        expert_axis=sparse["ep"],
         sequence=rows.get_group("sp"),
         data_rank=rows.get_local_rank("data"),
         data_size=replicas * shards,

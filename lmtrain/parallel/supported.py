@@ -116,7 +116,9 @@ def _engine(setup: Setup) -> str | None:
 COMBINATIONS: tuple[Combination, ...] = (
     Combination("mesh.dp_shard", "yes", "any size; parameters, gradients and moments are sharded over dp_shard x sp"),
     Combination("mesh.dp_replicate", "yes", "any size, with every other axis that works (HSDP)"),
-    Combination("mesh.sp", "where sp divides data.seq_len", "contiguous shards; documents may lie anywhere", _equal_shards),
+    Combination(
+        "mesh.sp", "where sp divides data.seq_len", "contiguous shards; documents may lie anywhere", _equal_shards
+    ),
     Combination(
         "mesh.sp with a convolution (mamba2)",
         "where a shard has at least conv_width - 1 columns",

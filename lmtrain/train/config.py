@@ -5,28 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW. What decays and which learning-rate multiplier applies is each parameter's own ``ParamInfo``."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
-    eps: float = 1e-8
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.1
-    """Decoupled weight decay of the parameters that decay."""
-    clip_norm: float | None = 1.0
-    """Global gradient norm above which gradients are scaled down; null: never."""
-
-    def __post_init__(self) -> None:
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: must be at least 0 and less than 1, got {self.betas}")
-        if self.eps <= 0 or self.weight_decay < 0:
-            key, rule = ("eps", "positive") if self.eps <= 0 else ("weight_decay", "at least 0")
-            raise ValueError(f"{key}: must be {rule}, got {getattr(self, key)}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ValueError(f"clip_norm: must be positive, or null for no clipping, got {self.clip_norm}")
+from lmtrain.engine.optimizer import OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -97,6 +76,10 @@ class EvalConfig:
     """Optimizer steps between evaluations; 0: only at the end, if a source has held-out documents."""
     max_tokens: int | None = None
     """Score at most this many held-out tokens of each source; null: all."""
+    sample_prompt: str | None = None
+    """Text to continue at each evaluation, kept in metrics.jsonl; null: none."""
+    sample_tokens: int = 64
+    """Tokens of each continuation."""
 
     def __post_init__(self) -> None:
         if self.every < 0:

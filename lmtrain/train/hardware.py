@@ -27,10 +27,12 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if not torch.cuda.is_available():
         raise UsageError(f"device=cuda: torch {torch.__version__} sees no GPU; install a CUDA build or use device=cpu")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    if local_rank >= count:
+    # By the number of processes, not by the rank: all refuse alike, instead of one in silence while others wait for it.
+    processes = max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), local_rank + 1)
+    if processes > count:
         raise UsageError(
-            f"device={device}: local rank {local_rank} has no GPU, torch sees {count}; "
-            f"use --nproc-per-node {count} or device=cpu"
+            f"device={device}: {processes} processes on this machine, but torch sees {count} "
+            f"GPU{'s' if count > 1 else ''}; use --nproc-per-node {count} or device=cpu"
         )
     return torch.device("cuda", local_rank)
 

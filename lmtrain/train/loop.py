@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ import torch
 from lmtrain.checkpoint.checkpointer import Checkpointer
 from lmtrain.data.heldout import Heldout
 from lmtrain.data.loader import Loader, StepData, token_hash
+from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine.protocol import Engine, StepInfo
-from lmtrain.errors import EXIT_DONE, EXIT_STOPPED
+from lmtrain.errors import EXIT_DONE, EXIT_STOPPED, LmtrainError
+from lmtrain.model.decode import sample
 from lmtrain.parallel.mesh import Mesh
 from lmtrain.train.config import EvalConfig, TrainConfig
 from lmtrain.train.guard import SkipGuard
@@ -22,6 +25,8 @@ from lmtrain.train.heldout_score import bits_per_byte
 from lmtrain.train.learning_rate import learning_rate
 from lmtrain.train.recorder import Recorder
 from lmtrain.train.signals import StopRequest
+
+SAMPLE_TEMPERATURE = 0.7
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Trainer:
     """Everything a run is made of, assembled by ``lmtrain.pretrain``. ``train`` returns the exit code.
 
     recorder: rank 0's records and console; None on the other ranks. peak: FLOP/s of all devices together, or None.
+    unsaved: why there is no checkpoint of the newest save, if there is none.
     """
 
     train_cfg: TrainConfig
@@ -50,6 +56,7 @@ class Trainer:
     engine: Engine
     loader: Loader
     heldout: Heldout | None
+    tokenizer: Tokenizer
     rows: int
     checkpointer: Checkpointer
     schedule: Mapping[str, Any]
@@ -58,6 +65,7 @@ class Trainer:
     stop: StopRequest
     recorder: Recorder | None
     progress: Progress
+    unsaved: LmtrainError | None = None
 
     def train(self) -> int:
         """Run to the last step, or to an agreed stop. Raises UnhealthyError, StorageError."""
@@ -96,6 +104,8 @@ class Trainer:
         self._poll()
         if self.recorder and stopped:
             self.recorder.folder.honoured("stop")
+        if self.unsaved is not None:
+            raise self.unsaved  # a run that ends without its last checkpoint is neither done nor resumable from here
         return EXIT_STOPPED if stopped and self.progress.step < self.total_steps else EXIT_DONE
 
     def _step(self, data: StepData, lr: float) -> StepInfo:
@@ -127,6 +137,9 @@ class Trainer:
         for name, (nats, targets) in zip(self.loader.source_names, info.source_loss.tolist(), strict=True):
             if targets:
                 values[f"source_loss.{name}"] = nats / targets
+        if info.router_load:
+            values["branch_loss"] = info.branch_loss
+            values |= {f"router_load.{place}": load.tolist() for place, load in info.router_load.items()}
         if info.skipped:
             values["skipped"] = info.skipped
         self.recorder.step(self.progress.step, self.progress.tokens, values, seconds)
@@ -136,8 +149,25 @@ class Trainer:
             return
         self.progress.evaluated = self.progress.step
         values = bits_per_byte(self.engine, self.heldout, self.mesh, self.rows, self.device)
+        text = self._sample()
         if self.recorder:
-            self.recorder.evaluation(self.progress.step, self.progress.tokens, values)
+            self.recorder.evaluation(self.progress.step, self.progress.tokens, values, text)
+
+    def _sample(self) -> dict[str, str]:
+        """The continuation of ``eval.sample_prompt``, drawn alike on every rank."""
+        cfg = self.eval_cfg
+        if cfg.sample_prompt is None:
+            return {}
+        prompt = self.tokenizer.encode_batch([cfg.sample_prompt])[0].tolist()
+        drawn = sample(
+            self.engine.decode,
+            self.engine.init_state(1),
+            prompt,
+            temperature=SAMPLE_TEMPERATURE,
+            seed=self.progress.step,
+        )
+        text = self.tokenizer.decode(list(islice(drawn, cfg.sample_tokens)))
+        return {"sample_prompt": cfg.sample_prompt, "sample": text}
 
     def _save(self, request: str | None) -> None:
         if self.recorder:
@@ -151,5 +181,6 @@ class Trainer:
 
     def _poll(self) -> None:
         while (result := self.checkpointer.poll()) is not None:
+            self.unsaved = result.error
             if self.recorder:
                 self.recorder.saved(result)

@@ -27,8 +27,8 @@ class Recorder:
         self.console.step(row, seconds)
         self.wandb.log(row)
 
-    def evaluation(self, step: int, tokens: int, values: Mapping[str, float]) -> None:
-        row = self.metrics.evaluation(step, tokens, values)
+    def evaluation(self, step: int, tokens: int, values: Mapping[str, float], sample: Mapping[str, str]) -> None:
+        row = self.metrics.evaluation(step, tokens, {**values, **sample})
         parts = "  ".join(f"{key.removeprefix('heldout_bpb.')} {value:.4f}" for key, value in values.items())
         self.console.note(f"held-out bits per byte after step {step}: {parts.replace('heldout_bpb', 'all')}")
         self.wandb.log(row)

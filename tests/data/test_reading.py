@@ -99,9 +99,9 @@ def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("Couldn't reach 'some/dataset' on the Hub\n(offline)")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match=r"some/dataset: neither a local path nor .*ConnectionError.* a local path: so") as e:
+    with pytest.raises(DataError, match=r"some/dataset: neither .*ConnectionError.* give a local path") as error:
         read("some/dataset")
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(error.value)
 
 
 def test_digest_sees_names_and_contents(tmp_path: Path) -> None:

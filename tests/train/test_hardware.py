@@ -24,8 +24,12 @@ def test_each_rank_takes_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert hardware.resolve_device("auto") == torch.device("cuda", 1) and hardware.resolve_device("cpu") == CPU
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UsageError, match=r"local rank 2 .*sees 2; use --nproc-per-node 2"):
+    with pytest.raises(UsageError, match=r"3 processes .*sees 2 GPUs; use --nproc-per-node 2"):
         hardware.resolve_device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # the first of them refuses too, instead of waiting for the third
+    with pytest.raises(UsageError, match=r"3 processes"):
+        hardware.resolve_device("auto")
 
 
 @pytest.mark.parametrize(

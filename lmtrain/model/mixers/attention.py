@@ -1,6 +1,6 @@
 """Softmax attention: MHA, GQA or MQA, rotary or no positions, per-head QK-norm, sliding window.
 
-    o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j over the j of i's document, at most ``window`` of them, i included
+o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j over the j of i's document, at most ``window`` of them, i included
 """
 
 from __future__ import annotations
@@ -123,9 +123,7 @@ class Attention(Branch):
             "q.weight": matrix(cfg.num_heads),
             "k.weight": matrix(cfg.kv_heads),
             "v.weight": matrix(cfg.kv_heads),
-            "o.weight": ParamInfo(
-                "matrix", out, True, fan_in=inner, fan_out=d_model, tp_dim=1, tp_units=cfg.num_heads
-            ),
+            "o.weight": ParamInfo("matrix", out, True, fan_in=inner, fan_out=d_model, tp_dim=1, tp_units=cfg.num_heads),
         }
         if cfg.qk_norm:
             info |= {"q_norm.weight": self.q_norm.param_info()["weight"]}

@@ -1,7 +1,7 @@
 """Mamba-2 (arXiv 2405.21060): short convolution, scalar-decay scan, gated normalisation.
 
-    dt = softplus(W_dt u + dt_bias)      S_t = exp(-exp(A_log) dt_t) S_{t-1} + dt_t B_t x_t^T      y_t = S_t^T C_t + D x_t
-    out = W_o (RMSNorm_groups(y * silu(z)) * weight)            x, B, C pass a causal convolution and silu first
+dt = softplus(W_dt u + dt_bias)      S_t = exp(-exp(A_log) dt_t) S_{t-1} + dt_t B_t x_t^T      y_t = S_t^T C_t + D x_t
+out = W_o (RMSNorm_groups(y * silu(z)) * weight)            x, B, C pass a causal convolution and silu first
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class Mamba2Config:
     def check(self, d_model: int) -> None:
         """UsageError unless the width divides into heads and groups."""
         if d_model * self.expand % self.head_dim:
-            raise UsageError(f"mamba2: head_dim {self.head_dim} does not divide the inner width {d_model * self.expand}")
+            raise UsageError(
+                f"mamba2: head_dim {self.head_dim} does not divide the inner width {d_model * self.expand}"
+            )
         if d_model * self.expand // self.head_dim % self.num_groups:
             heads = d_model * self.expand // self.head_dim
             raise UsageError(f"mamba2: num_groups {self.num_groups} does not divide the {heads} heads")
@@ -168,8 +170,10 @@ class Mamba2(Branch):
         linear, conv = fan_in_uniform(self.d_model), fan_in_uniform(width)
         out = fan_in_uniform(inner, 1 / math.sqrt(self.place.count))
 
-        def matrix(fan_out: int, **kw: int) -> ParamInfo:
-            return ParamInfo("matrix", linear, decay=True, fan_in=self.d_model, fan_out=fan_out, **kw)
+        def matrix(fan_out: int, tp_dim: int | None = None, tp_units: int | None = None) -> ParamInfo:
+            return ParamInfo(
+                "matrix", linear, True, fan_in=self.d_model, fan_out=fan_out, tp_dim=tp_dim, tp_units=tp_units
+            )
 
         return {
             "z.weight": matrix(inner, tp_dim=0, tp_units=heads),

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lmtrain.model.branch import ParamInfo
 from lmtrain.train.config import OptimizerConfig
-from lmtrain.train.optimizer import build_optimizer, optimizer_tensors, restore_steps, set_lr, step_count
+from lmtrain.engine.optimizer import build_optimizer, optimizer_tensors, restore_steps, set_lr, step_count
 
 CFG = OptimizerConfig(weight_decay=0.3)
 

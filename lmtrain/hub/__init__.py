@@ -1,0 +1,1 @@
+"""Export to Hugging Face transformers: one table per class, an exact matcher, and a proof by logits."""
