@@ -23,7 +23,9 @@ import yaml
 from lmtrain import __version__
 from lmtrain.checkpoint import commit
 from lmtrain.checkpoint.checkpointer import HASHER, Checkpointer, branch_from, init_from
+from lmtrain.checkpoint.commit import committed
 from lmtrain.checkpoint.lock import RunLock
+from lmtrain.checkpoint.manifest import step_of
 from lmtrain.checkpoint.manifest import directory_name
 from lmtrain.checkpoint.ranks import Ranks
 from lmtrain.checkpoint.storage import LocalStorage, check_space, probe_writable
@@ -36,7 +38,7 @@ from lmtrain.data.schedule import ScheduleLog
 from lmtrain.data.sources import check_sources
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine.fsdp import FSDPEngine
-from lmtrain.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, DataError, LmtrainError
+from lmtrain.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, DataError, LmtrainError, UsageError
 from lmtrain.ops.library import chosen, set_kernels
 from lmtrain.parallel.config import ClusterConfig
 from lmtrain.parallel.mesh import build_mesh, resolve
@@ -321,6 +323,8 @@ def _restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine:
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     checkpointer.ranks.on_first(lambda: check_space(run_dir, size))
     found = checkpointer.find(launch.resume)
+    if launch.resume not in ("auto", "true"):
+        _refuse_to_shadow(run_dir, found, launch.resume)
     documents: dict[str, Any] | None = None
     if found is not None:
         documents = checkpointer.load(found, tensors)
@@ -339,6 +343,17 @@ def _restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine:
     then = checkpointer.manifest(found).get("kernels")
     changed = "" if then == plan.kernels else f"; kernels were {then}, now {plan.kernels}: bits may differ"
     return f"{origin} (step {progress.step}){changed}"
+
+
+def _refuse_to_shadow(run_dir: Path, found: Path | None, resume: str) -> None:
+    """A run that starts before checkpoints of its own folder would write steps that are there already."""
+    steps = [step for path in committed(LocalStorage(), run_dir / "checkpoints") if (step := step_of(path.name))]
+    begins = 0 if found is None else step_of(found.name) or 0
+    if steps and max(steps) > begins:
+        raise UsageError(
+            f"resume={resume}: {run_dir} holds checkpoints up to step {max(steps)}, this start would begin at {begins}; "
+            f"give it a run.dir of its own" + (f" and branch_from={found}" if found else ", or resume=auto to go on")
+        )
 
 
 def _everywhere(ranks: Ranks, make: Callable[[], T]) -> T:

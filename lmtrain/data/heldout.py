@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -20,8 +21,7 @@ class Heldout:
     max_tokens: per source, the first tokens, at most this many; None: all.
 
     source_names: those with held-out text. By name: ``num_tokens``; ``num_unpredicted``, the first tokens of documents,
-    never a target: charge each log2(vocab_size) bits, so that bits per byte is the length of a real code; and
-    ``bytes_of_text``, the UTF-8 bytes that those tokens spell.
+    never a target; and ``bytes_of_text``, the UTF-8 bytes that those tokens spell.
     """
 
     def __init__(self, cfg: DataConfig, max_tokens: int | None = None) -> None:
@@ -80,6 +80,18 @@ class Heldout:
                 block=torch.from_numpy(block),
                 padding=torch.from_numpy(padding),
             )
+
+    def bits_per_byte(self, nats: Mapping[str, float]) -> dict[str, float]:
+        """``heldout_bpb.NAME`` of each source and ``heldout_bpb`` of all bytes together; nats: summed loss by source.
+
+        A real code length: the first token of a document, which nothing predicts, is charged ``log2(vocab_size)`` bits.
+        """
+        bits = {
+            name: nats[name] / math.log(2) + self.num_unpredicted[name] * math.log2(self.vocab_size)
+            for name in self.source_names
+        }
+        values = {f"heldout_bpb.{name}": bits[name] / self.bytes_of_text[name] for name in self.source_names}
+        return {"heldout_bpb": sum(bits.values()) / sum(self.bytes_of_text.values()), **values}
 
 
 def _head(store: Store, tokenizer: Tokenizer, start: int, stop: int) -> tuple[int, int]:

@@ -141,7 +141,7 @@ def _build(cfg: PrepareConfig, work: Path, inputs: str) -> dict[str, Manifest]:
         if not selection.train_bytes:
             raise DataError(f"sources.{name}: no text to train on ({_counts(selection)}); give more, or lower heldout")
         if cfg.heldout and not selection.hashes:
-            log.warning("%s: nothing was held out (%s); raise heldout, or give more documents", name, _counts(selection))
+            log.warning("%s: nothing held out (%s); raise heldout, or give more documents", name, _counts(selection))
     tokenizer = _tokenizer(cfg, work, selections)
     np.save(work / "heldout.npy", known)
     encoder = Encoder(tokenizer.path, tokenizer.eod, str(work / "heldout.npy"))

@@ -23,7 +23,7 @@ from lmtrain.data.schedule import ScheduleLog
 from lmtrain.data.sources import open_sources
 from lmtrain.data.store import Store
 from lmtrain.data.tokenizer import Tokenizer
-from lmtrain.errors import DataError, UsageError, nearest
+from lmtrain.errors import DataError, LmtrainError, UsageError, nearest
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Loader:
             yield from (self._reader[step].step_data() for step in range(first, stop))
             return
         for rows in DataLoader(
-            self._reader,
+            _Carrier(self._reader),
             batch_size=None,
             sampler=range(first, stop),
             collate_fn=_unchanged,
@@ -112,6 +112,8 @@ class Loader:
             multiprocessing_context="spawn",  # a fork would inherit the run's lock and the threads' locks
             worker_init_fn=partial(_start_worker, os.getpid()),
         ):
+            if isinstance(rows, LmtrainError):
+                raise rows
             yield rows.step_data()
 
 
@@ -142,7 +144,7 @@ class _Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Reader(Dataset[_Rows]):
+class _Reader:
     """Step number -> rows of this rank. Plain data; a worker gets a copy and opens the stores itself."""
 
     stores: list[Store]
@@ -192,6 +194,19 @@ class _Reader(Dataset[_Rows]):
             raise store.out_of_range(start + wrong, self.vocab_size)
         digest = xxhash.xxh3_128_digest(tokens.astype("<i4", copy=False).tobytes())
         return tokens, store.document_ids(start, self.block_tokens + 1), digest
+
+
+@dataclass(frozen=True)
+class _Carrier(Dataset[_Rows | LmtrainError]):
+    """The reader in a worker: hands an error over as it is, where DataLoader would wrap it in a traceback."""
+
+    reader: _Reader
+
+    def __getitem__(self, step: int) -> _Rows | LmtrainError:
+        try:
+            return self.reader[step]
+        except LmtrainError as error:
+            return error
 
 
 def _blocks_per_microbatch(cfg: DataConfig, batch_tokens: int, microbatch: int, dp_size: int) -> int:

@@ -1,11 +1,11 @@
 """Llama: (attention, SwiGLU) repeated, rotary positions, no window. Its table serves Mistral and Qwen3 too.
 
-Names [hub.md 5]: what ``LlamaForCausalLM.save_pretrained`` of transformers 5.23 writes.
+Names: what ``LlamaForCausalLM.save_pretrained`` of transformers 5.23 writes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lmtrain.hub.settings import differing, distinct
 from lmtrain.hub.table import HubClass, Rule, same
@@ -35,8 +35,8 @@ class Llama(HubClass):
 
     name = "Llama"
     model_type = "llama"
-    attention: list[Rule] = ATTENTION
-    mlp: list[Rule] = MLP
+    attention: ClassVar[list[Rule]] = ATTENTION
+    mlp: ClassVar[list[Rule]] = MLP
 
     def reasons(self, cfg: ModelConfig) -> list[str]:
         found = self._order(cfg)

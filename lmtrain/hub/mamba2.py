@@ -1,6 +1,6 @@
 """Mamba2: Mamba-2 mixers alone. Their table serves NemotronH too.
 
-Packing [hub.md 5]: ``in_proj`` rows z, x, B, C, dt; ``conv1d`` over x, B, C. The gated norm is over groups, as ours.
+Packing in transformers 5.23: ``in_proj`` rows z, x, B, C, dt; ``conv1d`` over x, B, C. The gated norm is over groups, as ours.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ from lmtrain.model.mixers.mamba2 import Mamba2Config
 
 MIXER = [
     same("norm.weight", "norm.weight"),
-    Rule(
-        tuple(f"branch.{name}.weight" for name in ("z", "x", "B", "C", "dt")), ("mixer.in_proj.weight",), CONCAT
-    ),
+    Rule(tuple(f"branch.{name}.weight" for name in ("z", "x", "B", "C", "dt")), ("mixer.in_proj.weight",), CONCAT),
     Rule(("branch.conv_x", "branch.conv_bc"), ("mixer.conv1d.weight",), CONCAT_CONV),
     Rule(("branch.conv_x_bias", "branch.conv_bc_bias"), ("mixer.conv1d.bias",), CONCAT),
     Rule(("branch.decay.A_log",), ("mixer.A_log",), keep_fp32=True),
@@ -57,7 +55,7 @@ class Mamba2(HubClass):
 
     def config(self, cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         mixer: Mamba2Config = distinct(cfg, "mamba2")[0]
-        inner, heads, _ = mixer.sizes(cfg.d_model)
+        _, heads, _ = mixer.sizes(cfg.d_model)
         return {
             "vocab_size": vocab_size,
             "hidden_size": cfg.d_model,

@@ -18,16 +18,13 @@ CLASSES: tuple[HubClass, ...] = (Llama(), Mistral(), Qwen3(), Mamba2(), Nemotron
 """In order of preference."""
 SHOWN = 3
 """Reasons told per class."""
-KNOWN: dict[str, frozenset[str]] = {
-    "model": frozenset(
-        ["d_model", "branches", "pattern", "vocab_size", "vocab_multiple", "tie_embeddings", "norm_eps", "init_std"]
-    ),
-    "attention": frozenset(["kind", "num_heads", "num_kv_heads", "head_dim", "rope", "rope_theta", "qk_norm", "window"]),
-    "mamba2": frozenset(["kind", "d_state", "head_dim", "expand", "num_groups", "conv_width", "chunk", "norm_eps"]),
-    "mlp": frozenset(["kind", "d_ff", "activation"]),
-    "moe": frozenset(
-        ["kind", "num_experts", "top_k", "d_expert", "num_shared", "d_shared", "activation", "router", "normalise_weights", "scale", "balance", "aux_weight", "bias_rate"]
-    ),
+KNOWN: dict[str, str] = {
+    "model": "d_model branches pattern vocab_size vocab_multiple tie_embeddings norm_eps init_std",
+    "attention": "kind num_heads num_kv_heads head_dim rope rope_theta qk_norm window",
+    "mamba2": "kind d_state head_dim expand num_groups conv_width chunk norm_eps",
+    "mlp": "kind d_ff activation",
+    "moe": "kind num_experts top_k d_expert num_shared d_shared activation router normalise_weights scale balance "
+    "aux_weight bias_rate",
 }
 """Every setting the tables take into account; one that is not here refuses all classes unless it has its default."""
 
@@ -57,7 +54,7 @@ def _unknown(cfg: ModelConfig) -> list[str]:
         f"{kind}.{field.name} is {getattr(settings, field.name)}, which no table here knows"
         for kind, settings in places
         for field in dataclasses.fields(settings)
-        if field.name not in KNOWN[kind] and getattr(settings, field.name) != _default(field)
+        if field.name not in KNOWN[kind].split() and getattr(settings, field.name) != _default(field)
     ]
 
 

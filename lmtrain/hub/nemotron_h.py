@@ -1,8 +1,8 @@
 """NemotronH: any sequence of Mamba-2, attention without positions, and MLP or mixture of experts with squared ReLU.
 
-Facts [hub.md 2, 5; mixers.md 1.3]: it clamps the step size from below by ``time_step_min`` (ours is unclamped: 1e-30,
-since 0 breaks its initialisation), ignores ``tie_word_embeddings``, always has a shared expert, and cannot use its cache
-without an attention layer. On disk: ``backbone.`` names, one tensor per expert, legacy block names.
+Facts: it clamps the step size from below by ``time_step_min`` (ours is unclamped: 1e-30, since 0 breaks its
+initialisation), ignores ``tie_word_embeddings``, always has a shared expert, and cannot use its cache without an
+attention layer. On disk: ``backbone.`` names, one tensor per expert, legacy block names.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from lmtrain.hub.llama import ATTENTION, Llama
-from lmtrain.hub.table import same
+from lmtrain.hub.table import Rule, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.mixers.attention import AttentionConfig
 
@@ -18,7 +18,7 @@ class Qwen3(Llama):
 
     name = "Qwen3"
     model_type = "qwen3"
-    attention = [
+    attention: ClassVar[list[Rule]] = [
         *ATTENTION,
         same("branch.q_norm.weight", "self_attn.q_norm.weight"),
         same("branch.k_norm.weight", "self_attn.k_norm.weight"),

@@ -68,9 +68,8 @@ class Rule:
 
     def at(self, ours: str, disk: str) -> Rule:
         """This rule with a prefix before the names of either side."""
-        return Rule(
-            tuple(ours + name for name in self.ours), tuple(disk + name for name in self.disk), self.transform, self.keep_fp32
-        )
+        names = tuple(ours + name for name in self.ours), tuple(disk + name for name in self.disk)
+        return Rule(*names, self.transform, self.keep_fp32)
 
 
 def same(ours: str, disk: str) -> Rule:

@@ -1,6 +1,6 @@
-"""The tokenizer of an export: tokenizer.json and tokenizer_config.json, so that AutoTokenizer makes the ids of training.
+"""The tokenizer of an export, in two files, so that AutoTokenizer makes the ids of training.
 
-Both are needed: without the second, transformers picks a class by model_type and rebuilds the pipeline [hub.md 6].
+Both are needed: without tokenizer_config.json, transformers picks a class by model_type, which rebuilds the pipeline.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def tokenizer_files(tokenizer: Tokenizer, seq_len: int) -> dict[str, str]:
     """File name to content. Raises UsageError for a tokenizer that has no faithful form there."""
     if not isinstance(tokenizer, HFTokenizer):
         raise UsageError(
-            f"{tokenizer.path}: a sentencepiece model cannot be exported: what transformers makes of such a file encodes "
-            "some text differently; only a tokenizer.json can"
+            f"{tokenizer.path}: a sentencepiece model cannot be exported: what transformers makes of such a "
+            "file encodes some text differently; only a tokenizer.json can"
         )
     spec: dict[str, Any] = json.loads(tokenizer.engine.to_str())
     if len(tokenizer.engine.encode("").ids):

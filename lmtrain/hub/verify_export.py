@@ -2,15 +2,19 @@
 
     python -P verify_export.py JOBS.json RESULTS.json
 
-JOBS.json: a list of ``{folder, tokens [[int]], logits: path to write or null, greedy: tokens to generate, prompts: [str],
-new_tokens: int}``. RESULTS.json: per job ``{error}`` or ``{architecture, loading, unknown_keys, elements, dtype, eos,
+JOBS.json: a list of ``{folder, tokens [[int]], logits: path to write, greedy: tokens to generate, prompts: [str],
+new_tokens: int}``. RESULTS.json: per job ``{error}`` or ``{architecture, loading, unknown_keys, elements, vocab, eos,
 cached: {equal, max_diff} or null, texts}``. Logits are fp32 ``[B, T, V]`` under the name "logits" in safetensors.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import importlib.abc
 import json
 import sys
 import traceback
+from typing import Any
 
 BLOCKED = ("lmtrain", "fla", "mamba_ssm", "causal_conv1d")
 """lmtrain, since the export must not need it; libraries whose kernels transformers would call on a CPU, and crash."""
@@ -19,26 +23,26 @@ NOT_FIELDS = {"model_type", "rope_theta", "lmtrain_tokenizer_sha256"}
 
 
 class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.partition(".")[0] in BLOCKED:
             raise ModuleNotFoundError(f"{name} is blocked here", name=name)
 
 
-def verify(job):
+def verify(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = job["folder"]
-    model, loading = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
     )
+    model, loading = loaded
     model.eval()
     tokens = torch.tensor(job["tokens"])
     with torch.no_grad():
         logits = model(tokens, use_cache=False).logits.float()
-    if job["logits"]:
-        save_file({"logits": logits.contiguous()}, job["logits"])
+    save_file({"logits": logits.contiguous()}, job["logits"])
     with open(f"{folder}/config.json", encoding="utf-8") as file:
         written = json.load(file)
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -55,14 +59,12 @@ def verify(job):
     }
 
 
-def unknown_keys(written, config):
-    import dataclasses
-
+def unknown_keys(written: dict[str, Any], config: Any) -> list[str]:
     fields = {field.name for field in dataclasses.fields(config)} | NOT_FIELDS
     return sorted(key for key in written if key not in fields and not hasattr(type(config), key))
 
 
-def greedy(model, prompt, length, std):
+def greedy(model: Any, prompt: Any, length: int, std: float) -> dict[str, Any] | None:
     """Greedy generation with the cache against without: equal tokens, or logits equal up to the first difference."""
     if not length or not model.config.use_cache:
         return None
@@ -81,13 +83,13 @@ def greedy(model, prompt, length, std):
     return {"equal": not len(differing) or diff < 1e-4 * std, "max_diff": diff}
 
 
-def continued(model, tokenizer, prompt, length):
+def continued(model: Any, tokenizer: Any, prompt: str, length: int) -> str:
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, max_new_tokens=length, do_sample=False)[0]
-    return tokenizer.decode(out, skip_special_tokens=True)
+    return str(tokenizer.decode(out, skip_special_tokens=True))
 
 
-def main(jobs_path, results_path):
+def main(jobs_path: str, results_path: str) -> None:
     sys.meta_path.insert(0, Blocker())
     import transformers
 

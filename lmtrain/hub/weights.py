@@ -1,7 +1,7 @@
 """Weights as safetensors: a header, then one tensor after the other, each made when its turn comes.
 
-Format: 8 bytes little-endian length of the JSON header ``{name: {dtype, shape, data_offsets}, __metadata__}``, the header
-padded to 8 bytes with spaces, then the buffers without holes (https://huggingface.co/docs/safetensors).
+Format: 8 bytes little-endian length of the JSON header ``{name: {dtype, shape, data_offsets}, __metadata__}``, the
+header padded to 8 bytes with spaces, then the buffers without holes (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations

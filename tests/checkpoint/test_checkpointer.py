@@ -293,3 +293,15 @@ def test_identity_may_not_shadow_the_manifest(tmp_path):
 
     with pytest.raises(ValueError, match="step"):
         Checkpointer(tmp_path, CheckpointConfig(), start_id="x", identity={"step": 3})
+
+
+def test_fsync_of_a_local_file_empties_its_buffer_first(tmp_path):
+    storage = LocalStorage()
+    file = storage.create(tmp_path / "x")
+    file.write(b"abcdef")
+    file.fsync()
+    assert storage.read(tmp_path / "x") == b"abcdef"
+    file.close()
+    assert storage.read(tmp_path / "x", 4, 10) == b"ef"
+    with pytest.raises(FileExistsError):
+        storage.create(tmp_path / "x")

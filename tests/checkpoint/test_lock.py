@@ -18,23 +18,23 @@ import os, sys
 from pathlib import Path
 from lmtrain.checkpoint.lock import RunLock
 lock = RunLock(Path(sys.argv[1]), "first", attempt=3)
-child = os.fork() if "fork" in sys.argv else 1
-if child:
-    print(child, flush=True)
+if "fork" not in sys.argv or os.fork() == 0:
+    print("ready", flush=True)
 sys.stdin.read()
 """
 
 
-def start(run_dir: Path, *extra: str) -> tuple[subprocess.Popen[str], int]:
+def start(run_dir: Path, *extra: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run_dir), *extra], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    return process, int(process.stdout.readline())
+    assert process.stdout.readline() == "ready\n"
+    return process
 
 
 @pytest.mark.parametrize("extra", [[], ["fork"]])
 def test_a_second_writer_is_refused_until_the_first_is_killed(tmp_path, extra):
-    first, _ = start(tmp_path, *extra)
+    first = start(tmp_path, *extra)
     try:
         with pytest.raises(
             StorageError, match=rf"in use by another run: host \S+, pid {first.pid}, since 20\S+\+00:00"

@@ -186,7 +186,7 @@ def test_one_document_cannot_be_split(
     tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare(config(heldout=1e-9, a=write_jsonl(tmp_path / "a.jsonl", [{"text": "words"}])))
-    assert "a: nothing was held out (1 documents, 0 held out); raise heldout" in caplog.text
+    assert "a: nothing held out (1 documents, 0 held out); raise heldout" in caplog.text
     assert verify(tmp_path / "out" / "a").bytes_of_text == {"train": 5, "heldout": 0}
 
 

@@ -1,0 +1,141 @@
+"""What a run folder holds, read for its report. Pieces that are missing are None; damaged ones become a remark."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lmtrain.checkpoint import commit
+from lmtrain.checkpoint.checkpointer import HASHER
+from lmtrain.checkpoint.manifest import read_manifest
+from lmtrain.checkpoint.storage import LocalStorage
+from lmtrain.config.files import Tree
+from lmtrain.config.recipe import Recipe
+from lmtrain.config.render import render
+from lmtrain.config.validate import build
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.errors import LmtrainError, UsageError, nearest
+from lmtrain.plan.dry_run import embedding_rows
+from lmtrain.report.words import cleaned
+from lmtrain.train.environment import redact
+from lmtrain.train.metrics import read_metrics
+from lmtrain.train.run_folder import RunFolder
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Record:
+    """A run folder as plain data, free of secrets.
+
+    steps, evals: rows of metrics.jsonl (the timeline of the present). attempts: its rows of kind ``attempt``. recipe:
+    None if this program cannot read it. remarks: a sentence per piece that is damaged.
+    """
+
+    path: Path
+    steps: list[Row] = field(default_factory=list)
+    evals: list[Row] = field(default_factory=list)
+    attempts: list[Row] = field(default_factory=list)
+    exits: list[Row] = field(default_factory=list)
+    environment: Row | None = None
+    summary: Row | None = None
+    evaluation: Row | None = None
+    export: Row | None = None
+    recipe: Recipe | None = None
+    recipe_text: str | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @cached_property
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint, not verified."""
+        return next(iter(commit.committed(LocalStorage(), self.path / "checkpoints")), None)
+
+    @cached_property
+    def vocab_size(self) -> int | None:
+        """Rows of the embedding: as the newest checkpoint has them, else as recipe and tokenizer say."""
+        try:
+            if self.checkpoint is not None:
+                tensors: Any = read_manifest(LocalStorage(), self.checkpoint, HASHER)["tensors"]
+                return int(tensors["model.embed.weight"]["shape"][0])
+            if self.recipe is not None:
+                return embedding_rows(self.recipe.model, Tokenizer.load(self.recipe.data.tokenizer).vocab_size)
+        except (LmtrainError, KeyError, OSError) as error:
+            self.remarks.append(f"The size of the vocabulary is unknown: {error}")
+        return None
+
+    @cached_property
+    def step_seconds(self) -> list[float | None]:
+        """How long each of ``steps`` took, from its tokens and its rate."""
+        before = [0, *(row["tokens"] for row in self.steps)]
+        return [
+            (row["tokens"] - start) / row["tokens_per_second"] if row["tokens_per_second"] else None
+            for row, start in zip(self.steps, before, strict=False)
+        ]
+
+
+def read_record(run_dir: Path) -> Record:
+    """Everything a report says of ``run_dir``. UsageError if there is no run; DataError for damaged metrics."""
+    if not any((run_dir / name).exists() for name in ("metrics.jsonl", "recipe.yaml", "environment.json")):
+        beside = run_dir.parent if run_dir.parent.is_dir() else Path()
+        runs = [path.parent.name for path in beside.glob("*/metrics.jsonl")]
+        raise UsageError(f"{run_dir}: no run here{nearest(run_dir.name, runs)}")
+    record = Record(run_dir)
+    if (run_dir / "metrics.jsonl").exists():
+        rows = cleaned(read_metrics(run_dir / "metrics.jsonl"))
+        record.steps = [row for row in rows if row["kind"] == "step"]
+        record.evals = [row for row in rows if row["kind"] == "eval"]
+        record.attempts = _attempts(run_dir / "metrics.jsonl")
+    record.exits = cleaned(RunFolder.exits(_folder(run_dir)))
+    record.environment = _json(record, "environment.json")
+    record.summary = _json(record, "summary.json")
+    record.evaluation = _json(record, "evaluation.json")
+    record.export = _json(record, "export/lmtrain_export.json")
+    _read_recipe(record)
+    return record
+
+
+def _folder(run_dir: Path) -> RunFolder:
+    """A RunFolder to read from: its constructor would create folders."""
+    folder = object.__new__(RunFolder)
+    folder.path = run_dir
+    return folder
+
+
+def _attempts(metrics: Path) -> list[Row]:
+    """Every start of the run, also those whose steps were superseded."""
+    with open(metrics, encoding="utf-8", errors="replace") as lines:
+        rows = [json.loads(line) for line in lines if line.endswith("\n") and '"kind":"attempt"' in line[:40]]
+    return [row for row in rows if row["kind"] == "attempt"]
+
+
+def _json(record: Record, name: str) -> Row | None:
+    source = record.path / name
+    try:
+        content = json.loads(source.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        record.remarks.append(f"{name} could not be read: {error}")
+        return None
+    return cleaned(content) if isinstance(content, dict) else {"content": cleaned(content)}
+
+
+def _read_recipe(record: Record) -> None:
+    """The recipe with what every line means, or its text as it lies if this program cannot read it."""
+    source = record.path / "recipe.yaml"
+    if not source.exists():
+        return
+    try:
+        tree = Tree("recipe", source)
+        record.recipe = build(tree, tree.resolve())
+        record.recipe_text = redact(render(record.recipe))
+    except LmtrainError as error:
+        record.remarks.append(f"recipe.yaml is shown as it is: {error}")
+        record.recipe_text = redact(source.read_text(encoding="utf-8", errors="replace"))

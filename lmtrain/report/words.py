@@ -1,0 +1,93 @@
+"""Numbers, durations and nested facts as a person reads them."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping
+from typing import Any
+
+from lmtrain.train.environment import redact
+
+
+def quantity(value: float) -> str:
+    """``512``, ``51.2 thousand``, ``1.02 million``: three significant digits."""
+    for limit, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"), (1e5, " thousand")):
+        if abs(value) >= 0.9995 * limit:
+            return f"{significant(value / (1e3 if limit == 1e5 else limit))}{word}"
+    return f"{value:,.0f}"
+
+
+def short(value: float) -> str:
+    """The same for an axis: ``0``, ``250k``, ``1.5M``, ``0.002``, ``2e-5``."""
+    for limit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * limit:
+            return f"{value / limit:.4g}{letter}"
+    return f"{value:.4g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.3g}".replace("e-0", "e-")
+
+
+def significant(value: float) -> str:
+    """Three digits that matter, never an exponent for what is near 1."""
+    if value == 0 or not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    decimals = max(0, 2 - len(str(int(abs(value)))) + (1 if abs(value) >= 1 else 2))
+    return f"{value:,.{decimals}f}"
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: ``12 s``, ``5 min 8 s``, ``3 h 20 min``, ``1 d 4 h``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s" if seconds >= 10 else f"{seconds:.1f} s"
+    for size, word, smaller, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if whole >= size:
+            rest = whole % size // smaller
+            return f"{whole // size} {word}" + (f" {rest} {part}" if rest else "")
+    raise AssertionError("a minute at least")
+
+
+def moment(time_unix: float | None) -> str:
+    """A time in UTC, to the second."""
+    if time_unix is None:
+        return "unknown"
+    return datetime.datetime.fromtimestamp(time_unix, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def listing(words: list[str]) -> str:
+    """``a``, ``a and b``, ``a, b and c``."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def value_text(value: Any) -> str:
+    """A leaf of a JSON file as text."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return significant(value)
+    return ", ".join(map(value_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested facts as rows of dotted key and text; lists of mappings are numbered from 1."""
+    rows: list[tuple[str, str]] = []
+    for key, part in value.items():
+        name = f"{prefix}{key}"
+        if isinstance(part, list) and any(isinstance(item, Mapping) for item in part):
+            part = {str(number): item for number, item in enumerate(part, 1)}
+        if isinstance(part, Mapping) and part:
+            rows += flatten(part, f"{name}.")
+        elif name != "format_version":
+            rows.append((name, "none" if isinstance(part, Mapping) else value_text(part)))
+    return rows
+
+
+def cleaned(value: Any) -> Any:
+    """``value`` with ``redact`` applied to every string in it."""
+    if isinstance(value, str):
+        return redact(value)
+    if isinstance(value, Mapping):
+        return {key: cleaned(part) for key, part in value.items()}
+    return [cleaned(part) for part in value] if isinstance(value, list | tuple) else value
