@@ -38,6 +38,8 @@ from tests.distributed.kill_worker import Kill
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY, BATCH_TOKENS = 16, 4, 256
+MARK = "LMTRAIN_TEST_RUN"
+"""Environment variable by which a run's processes are found, also when whoever started them is gone."""
 DEADLINE = 120.0
 """Seconds that nothing here takes unless it hangs."""
 SOURCES = {"prose": 260, "lists": 120}
@@ -151,6 +153,7 @@ class Forked:
                 "TORCHELASTIC_USE_AGENT_STORE": "True",
                 "TORCHELASTIC_RESTART_COUNT": "0",
                 "TORCHELASTIC_RUN_ID": "test",
+                MARK: _run_dir(argv),
             }
             process = context.Process(target=kill_worker.forked, args=(argv, environment, log, kill))
             process.start()
@@ -177,9 +180,9 @@ class Torchrun:
     def __init__(
         self, world: int, argv: list[str], logs: Path, *, kill: Kill | None = None, script: str = "launch/pretrain.py"
     ) -> None:
-        self.log = logs / "torchrun.log"
+        self.log, self.run_dir = logs / "torchrun.log", Path(_run_dir(argv))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", MARK: _run_dir(argv)}
         if kill is not None:
             script = "tests/distributed/kill_worker.py"
             environment[kill_worker.PLAN] = kill.to_text()
@@ -198,7 +201,7 @@ class Torchrun:
 
     def _stop(self) -> str:
         self.process.kill()
-        return self.output()
+        return end_processes_of(self.run_dir) + self.output()
 
 
 def until(condition: Callable[[], bool], what: str, give_up: Callable[[], str] = lambda: "") -> None:
@@ -210,14 +213,27 @@ def until(condition: Callable[[], bool], what: str, give_up: Callable[[], str] =
         time.sleep(0.02)
 
 
-def workers_of(run_dir: Path) -> list[psutil.Process]:
-    """Processes of a run that are alive: those whose command line names its folder, and their descendants."""
-    found: dict[int, psutil.Process] = {}
+def processes_of(run_dir: Path) -> list[psutil.Process]:
+    """Processes alive that a run of ``Torchrun`` started, and loader processes of one of ``Forked``."""
+    found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if any(str(run_dir) in word for word in process.cmdline()):
-                found |= {each.pid: each for each in (process, *process.children(recursive=True))}
-    return list(found.values())
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == str(run_dir):
+                found.append(process)
+    return found
+
+
+def end_processes_of(run_dir: Path) -> str:
+    """SIGKILL to all of them; says which they were."""
+    left = processes_of(run_dir)
+    said = "".join(f"still there: {process.pid} {' '.join(process.cmdline())}\n" for process in left)
+    for process in left:
+        process.kill()
+    return said
+
+
+def _run_dir(argv: list[str]) -> str:
+    return next(word.removeprefix("run.dir=") for word in argv if word.startswith("run.dir="))
 
 
 # --------------------------------------------------------------------------------------------- what a run left
@@ -274,6 +290,10 @@ def contents(folder: Path, leave_out: Iterable[str] = ()) -> dict[str, bytes]:
     """Every file below ``folder`` with its bytes."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name not in set(leave_out))
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def assert_no_processes(run_dir: Path) -> None:
+    until(lambda: not processes_of(run_dir), "the run's processes end", lambda: end_processes_of(run_dir))
 
 
 def assert_clean(run_dir: Path) -> None:

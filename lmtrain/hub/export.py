@@ -51,7 +51,8 @@ class ExportResult:
     """An export that is proven and in place.
 
     max_logit_diff, logit_std: between lmtrain and transformers in fp32; the perturbed pair: the same with every
-    parameter moved. cached_equals_uncached: None if the class cannot use its cache. rounding_logit_diff: what bfloat16 changed.
+    parameter moved. cached_equals_uncached: None if the class cannot use its cache. rounding_logit_diff: what bfloat16
+    changed.
     texts: the prompts continued by transformers alone.
     """
 

@@ -49,8 +49,9 @@ def as_json(value: Any) -> str:
 def _configs(
     cls: HubClass, model: LanguageModel, tokenizer: Tokenizer, seq_len: int, dtype: torch.dtype
 ) -> dict[str, dict[str, Any]]:
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eod_id, "pad_token_id": tokenizer.eod_id}
-    shared = ids | {
+    shared = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eod_id,
         "use_cache": cls.cached(model.cfg),
         "transformers_version": importlib.metadata.version("transformers"),
     }
@@ -60,6 +61,7 @@ def _configs(
         "dtype": str(dtype).removeprefix("torch."),
         **cls.config(model.cfg, model.vocab_size, seq_len),
         **shared,
+        "pad_token_id": None,  # a number here would be the embedding's padding_idx, a row that fine-tuning does not move
         "lmtrain_tokenizer_sha256": tokenizer.fingerprint,
     }
-    return {"config.json": config, "generation_config.json": shared}
+    return {"config.json": config, "generation_config.json": shared | {"pad_token_id": tokenizer.eod_id}}

@@ -1,6 +1,7 @@
 """Mamba2: Mamba-2 mixers alone. Their table serves NemotronH too.
 
-Packing in transformers 5.23: ``in_proj`` rows z, x, B, C, dt; ``conv1d`` over x, B, C. The gated norm is over groups, as ours.
+Packing in transformers 5.23: ``in_proj`` rows z, x, B, C, dt; ``conv1d`` over x, B, C. The gated norm is over groups,
+as ours.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ class Mamba2(HubClass):
             "time_step_max": 1e-1,
             "time_step_floor": 1e-4,
             "initializer_range": cfg.init_std,
-            "rescale_prenorm_residual": True,
+            "rescale_prenorm_residual": False,  # true divides the loaded out_proj in transformers 5.23
             "residual_in_fp32": False,
             "tie_word_embeddings": cfg.tie_embeddings,
         }

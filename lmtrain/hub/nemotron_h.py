@@ -100,7 +100,7 @@ class NemotronH(HubClass):
             "hidden_dropout": 0.0,
             "sliding_window": None,
             "residual_in_fp32": False,
-            "rescale_prenorm_residual": True,
+            "rescale_prenorm_residual": False,
             "num_nextn_predict_layers": 0,
         }
         for one in distinct(cfg, "attention")[:1]:

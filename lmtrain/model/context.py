@@ -93,7 +93,8 @@ class LocalContext:
     ) -> tuple[Tensor, Cache | None]:
         if cache:
             k, v = join(cache, k, v)
-        o, _ = attention(q, k, v, positions=self.positions, window=window, scale=scale)
+        causal = not cache and self.docs.single
+        o = attention.output(q, k, v, positions=self.positions, window=window, scale=scale, causal=causal)
         return o, keep(k, v, window) if self.carries else None
 
     def dispatch(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Restore]:

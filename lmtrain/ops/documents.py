@@ -50,6 +50,11 @@ class Documents:
     def shape(self) -> tuple[int, int]:
         return self.ids.shape[0], self.ids.shape[1]
 
+    @property
+    def single(self) -> bool:
+        """Whether every row lies within one document (known on the host, without a device sync)."""
+        return self.cu_seqlens.shape[0] - 1 == self.ids.shape[0]
+
     def starts(self) -> Tensor:
         """bool ``[B, T]``: True where a document starts; column 0 only where ``before == 0``."""
         starts = torch.empty_like(self.ids, dtype=torch.bool)

@@ -19,7 +19,7 @@ import torch
 
 from lmtrain.errors import UsageError, nearest
 
-KERNELS = ("auto", "reference", "cpu", "cuda", "flash_attn", "mamba_ssm", "causal_conv1d", "fla")
+KERNELS = ("auto", "reference", "torch", "cpu", "cuda", "flash_attn", "mamba_ssm", "causal_conv1d", "fla")
 BUILD_COMMAND = "make install"
 _FILE_NAMES = ("liblmtrain_ops.so", "liblmtrain_ops.dylib")
 

@@ -8,12 +8,14 @@ x ``[B, T, H, P]`` (already times dt), log_a ``[B, T, H]`` <= 0, B and C ``[B, T
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmtrain.ops import library
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import AffineOp, Cost, check_shape, compute_dtype
 
@@ -121,10 +123,20 @@ class SSD(AffineOp):
     ) -> tuple[Tensor, Tensor]:
         """``(x, log_a, B, C)`` to y ``[B, T, H, P]`` in x's dtype and the state after the last column.
 
-        static: ``chunk`` (default 64). Raises ValueError for shapes that do not fit.
+        static: ``chunk`` (default 64), which does not change the function. Raises ValueError naming the argument, what
+        was expected and what was got.
         """
-        x, log_a, b, c = self._check(inputs, initial_state)
-        return chunked(x, log_a, b, c, docs, initial_state, static.get("chunk", 64))
+        x, log_a, b, c = self._check(inputs, docs, initial_state)
+        chunk = static.get("chunk", 64)
+        if chunk < 1:
+            raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
+        if library.backend(self.name, x.device.type, x.dtype) == "reference":
+            return chunked(x, log_a, b, c, docs, initial_state, chunk)
+        starts = None if docs is None else docs.starts()
+        values, log_a, b, c = (t.to(compute_dtype(x)) for t in (x, log_a, b, c))
+        initial_state = None if initial_state is None else initial_state.to(values.dtype)
+        y, state = torch.ops.lmtrain.ssd(values, log_a, b, c, starts, initial_state, chunk)
+        return y.to(x.dtype), state
 
     def gamma(self, *inputs: Tensor | None, docs: Documents | None = None) -> Tensor:
         """``[B, H]``: e to the summed log decay."""
@@ -169,20 +181,95 @@ class SSD(AffineOp):
         moved = 4 * (2 * tokens * head_dim + tokens + 2 * batch * length * shapes[2][2] * d_state)
         return Cost(model, within + between, moved)
 
-    def _check(self, inputs: tuple[Tensor | None, ...], initial_state: Tensor | None) -> tuple[Tensor, ...]:
+    def _check(
+        self, inputs: tuple[Tensor | None, ...], docs: Documents | None, initial_state: Tensor | None
+    ) -> tuple[Tensor, ...]:
         if len(inputs) != 4 or any(t is None for t in inputs):
             raise ValueError("ssd: inputs: expected (x, log_a, B, C)")
         x, log_a, b, c = (t for t in inputs if t is not None)
+        if not x.is_floating_point():
+            raise ValueError(f"ssd: x: expected a floating dtype, got {x.dtype}")
         check_shape(self.name, "x", x, (None, None, None, None))
         batch, length, num_heads, head_dim = x.shape
         check_shape(self.name, "log_a", log_a, (batch, length, num_heads))
         check_shape(self.name, "B", b, (batch, length, None, None))
         check_shape(self.name, "C", c, tuple(b.shape))
-        if num_heads % b.shape[2]:
+        if b.shape[2] == 0 or num_heads % b.shape[2]:
             raise ValueError(f"ssd: B: expected groups that divide the {num_heads} heads, got {b.shape[2]}")
         if initial_state is not None:
             check_shape(self.name, "initial_state", initial_state, (batch, num_heads, b.shape[3], head_dim))
+        if docs is not None:
+            check_shape(self.name, "docs.ids", docs.ids, (batch, length))
+        others = {"log_a": log_a, "B": b, "C": c, "initial_state": initial_state}
+        others |= {} if docs is None else {"docs": docs.ids}
+        for argument, other in others.items():
+            if other is not None and other.device != x.device:
+                raise ValueError(f"ssd: {argument}: expected device {x.device} as x, got {other.device}")
         return x, log_a, b, c
 
 
 ssd = SSD()
+
+
+# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+
+
+def _native_missing() -> str | None:
+    reason = library.load()
+    if reason is None and not hasattr(torch.ops.lmtrain, SSD.name):
+        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
+    if reason is None:
+        _register_native()
+    return reason
+
+
+@cache
+def _register_native() -> None:
+    torch.library.register_fake("lmtrain::ssd", _fake_forward)
+    torch.library.register_fake("lmtrain::ssd_backward", _fake_backward)
+    torch.library.register_autograd("lmtrain::ssd", _backward, setup_context=_save)
+
+
+def _fake_forward(
+    x: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], b.shape[3], x.shape[3])
+
+
+def _fake_backward(
+    grad_y: Tensor,
+    grad_state: Tensor,
+    x: Tensor,
+    log_a: Tensor,
+    b: Tensor,
+    c: Tensor,
+    starts: Tensor | None,
+    initial_state: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, ...]:
+    state = (x.shape[0], x.shape[2], b.shape[3], x.shape[3])
+    return tuple(x.new_empty(shape) for shape in (x.shape, log_a.shape, b.shape, c.shape, state))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.chunk = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
+    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
+    *grads, grad_initial = torch.ops.lmtrain.ssd_backward(grad_y, grad_state, *saved, ctx.chunk)
+    return *grads, None, None if saved[-1] is None else grad_initial, None
+
+
+library.register(
+    SSD.name,
+    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
+    library.Backend("reference"),
+)

@@ -87,7 +87,8 @@ class SequenceContext(ExpertContext):
             raise UsageError(f"sp_attention=heads: {why}; use sp_attention=gather or auto")
         if heads:
             q, k, v = to_heads([q, k, v], self.group)
-            o, _ = attention(q, k, v, positions=self.row_positions, window=window, scale=scale)
+            causal = self.docs.whole is not None and self.docs.whole.single
+            o = attention.output(q, k, v, positions=self.row_positions, window=window, scale=scale, causal=causal)
             return from_heads(o, self.group), None
         k, v = GatherSequence.apply(k, self.group), GatherSequence.apply(v, self.group)
         held = 0
@@ -95,7 +96,7 @@ class SequenceContext(ExpertContext):
             held = cache["k"].shape[1]
             k, v = join(cache, k, v)
         offset = held + self.group.rank() * q.shape[1]
-        o, _ = attention(q, k, v, positions=self.positions, window=window, scale=scale, offset=offset)
+        o = attention.output(q, k, v, positions=self.positions, window=window, scale=scale, offset=offset)
         return o, keep(k, v, window) if self.carries else None
 
     def all_sum(self, counts: Tensor, over: Literal["row"]) -> Tensor:

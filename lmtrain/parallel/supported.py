@@ -60,9 +60,17 @@ def _folded(mesh: MeshConfig, axis: str, what: str) -> str | None:
 
 
 def _expert(setup: Setup) -> str | None:
-    if setup.mesh.ep == 1:
+    ep = setup.mesh.ep
+    if ep == 1:
         return None
-    return f"mesh.ep={setup.mesh.ep}: expert parallelism is not built yet; use mesh.ep=1 (dp_shard shards experts too)"
+    experts = {name: settings.num_experts for name, settings in setup.branches() if hasattr(settings, "num_experts")}
+    if not experts:
+        return f"mesh.ep={ep}: no branch of model.pattern has experts; use mesh.ep=1"
+    for name, count in experts.items():
+        if count % ep:
+            fits = max(size for size in range(1, ep) if count % size == 0)
+            return f"mesh.ep={ep}: does not divide the {count} experts of model.branches.{name}; use mesh.ep={fits}"
+    return None
 
 
 def _equal_shards(setup: Setup) -> str | None:
@@ -107,12 +115,6 @@ def _whole_heads(setup: Setup) -> str | None:
     return None
 
 
-def _engine(setup: Setup) -> str | None:
-    if setup.cluster.engine == "fsdp":
-        return None
-    return f"engine={setup.cluster.engine}: not built yet; use engine=fsdp"
-
-
 COMBINATIONS: tuple[Combination, ...] = (
     Combination("mesh.dp_shard", "yes", "any size; parameters, gradients and moments are sharded over dp_shard x sp"),
     Combination("mesh.dp_replicate", "yes", "any size, with every other axis that works (HSDP)"),
@@ -137,9 +139,11 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination("microbatch", "yes", "with every mesh; gradients are summed, so accumulation changes no number"),
     Combination("mesh.pp > 1", "no", "not built yet; use dp_shard", _pipeline),
     Combination("mesh.tp > 1", "no", "not built yet; use dp_shard", _tensor),
-    Combination("mesh.ep > 1", "no", "not built yet; dp_shard shards experts too", _expert),
+    Combination(
+        "mesh.ep", "where ep divides dp_shard x sp and every branch's experts", "re-cuts dp_shard x sp", _expert
+    ),
     Combination("engine=fsdp", "yes", "on CPU (gloo) and GPU (NCCL)"),
-    Combination("engine=deepspeed", "no", "not built yet; use engine=fsdp", _engine),
+    Combination("engine=deepspeed", "no", "not built yet; use engine=fsdp"),
 )
 
 

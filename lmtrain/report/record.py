@@ -12,17 +12,15 @@ from lmtrain.checkpoint import commit
 from lmtrain.checkpoint.checkpointer import HASHER
 from lmtrain.checkpoint.manifest import read_manifest
 from lmtrain.checkpoint.storage import LocalStorage
-from lmtrain.config.files import Tree
+from lmtrain.config.load import load
 from lmtrain.config.recipe import Recipe
 from lmtrain.config.render import render
-from lmtrain.config.validate import build
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import LmtrainError, UsageError, nearest
 from lmtrain.plan.dry_run import embedding_rows
 from lmtrain.report.words import cleaned
 from lmtrain.train.environment import redact
 from lmtrain.train.metrics import read_metrics
-from lmtrain.train.run_folder import RunFolder
 
 Row = dict[str, Any]
 
@@ -91,8 +89,8 @@ def read_record(run_dir: Path) -> Record:
         rows = cleaned(read_metrics(run_dir / "metrics.jsonl"))
         record.steps = [row for row in rows if row["kind"] == "step"]
         record.evals = [row for row in rows if row["kind"] == "eval"]
-        record.attempts = _attempts(run_dir / "metrics.jsonl")
-    record.exits = cleaned(RunFolder.exits(_folder(run_dir)))
+        record.attempts = [row for row in _lines(run_dir / "metrics.jsonl") if row.get("kind") == "attempt"]
+    record.exits = cleaned(_lines(run_dir / "exits.jsonl"))
     record.environment = _json(record, "environment.json")
     record.summary = _json(record, "summary.json")
     record.evaluation = _json(record, "evaluation.json")
@@ -101,18 +99,15 @@ def read_record(run_dir: Path) -> Record:
     return record
 
 
-def _folder(run_dir: Path) -> RunFolder:
-    """A RunFolder to read from: its constructor would create folders."""
-    folder = object.__new__(RunFolder)
-    folder.path = run_dir
-    return folder
-
-
-def _attempts(metrics: Path) -> list[Row]:
-    """Every start of the run, also those whose steps were superseded."""
-    with open(metrics, encoding="utf-8", errors="replace") as lines:
-        rows = [json.loads(line) for line in lines if line.endswith("\n") and '"kind":"attempt"' in line[:40]]
-    return [row for row in rows if row["kind"] == "attempt"]
+def _lines(source: Path) -> list[Row]:
+    """The rows of a JSON Lines file; a line torn by a crash is skipped."""
+    rows = []
+    for line in source.read_text(encoding="utf-8", errors="replace").splitlines() if source.exists() else []:
+        try:
+            rows.append(dict(json.loads(line)))
+        except ValueError:
+            continue
+    return rows
 
 
 def _json(record: Record, name: str) -> Row | None:
@@ -133,8 +128,7 @@ def _read_recipe(record: Record) -> None:
     if not source.exists():
         return
     try:
-        tree = Tree("recipe", source)
-        record.recipe = build(tree, tree.resolve())
+        record.recipe = load([f"recipe={source.absolute()}"]).recipe
         record.recipe_text = redact(render(record.recipe))
     except LmtrainError as error:
         record.remarks.append(f"recipe.yaml is shown as it is: {error}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmtrain.train.environment import redact
@@ -29,7 +31,7 @@ def significant(value: float) -> str:
     """Three digits that matter, never an exponent for what is near 1."""
     if value == 0 or not 1e-3 <= abs(value) < 1e6:
         return f"{value:.3g}"
-    decimals = max(0, 2 - len(str(int(abs(value)))) + (1 if abs(value) >= 1 else 2))
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
     return f"{value:,.{decimals}f}"
 
 
@@ -70,18 +72,34 @@ def value_text(value: Any) -> str:
     return ", ".join(map(value_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested facts as rows of dotted key and text; lists of mappings are numbered from 1."""
-    rows: list[tuple[str, str]] = []
-    for key, part in value.items():
+@dataclass(frozen=True)
+class Table:
+    """Facts as text. ``columns`` is empty for rows of name and value."""
+
+    title: str
+    rows: list[list[str]]
+    columns: list[str] = field(default_factory=list)
+
+
+def tables(content: Mapping[str, Any], title: str = "") -> list[Table]:
+    """Nested facts of any shape: names and values with dotted keys, and a table of its own per list of mappings."""
+    rows: list[list[str]] = []
+    apart: list[Table] = []
+    _collect(content, "", title, rows, apart)
+    return ([Table(title, rows)] if rows else []) + apart
+
+
+def _collect(content: Mapping[str, Any], prefix: str, title: str, rows: list[list[str]], apart: list[Table]) -> None:
+    for key, value in content.items():
         name = f"{prefix}{key}"
-        if isinstance(part, list) and any(isinstance(item, Mapping) for item in part):
-            part = {str(number): item for number, item in enumerate(part, 1)}
-        if isinstance(part, Mapping) and part:
-            rows += flatten(part, f"{name}.")
+        if isinstance(value, Mapping) and value:
+            _collect(value, f"{name}.", title, rows, apart)
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            columns = list(dict.fromkeys(str(column) for item in value for column in item))
+            cells = [[value_text(item.get(column)) for column in columns] for item in value]
+            apart.append(Table(f"{title}: {name}" if title else name, cells, columns))
         elif name != "format_version":
-            rows.append((name, "none" if isinstance(part, Mapping) else value_text(part)))
-    return rows
+            rows.append([name, "none" if isinstance(value, Mapping) else value_text(value)])
 
 
 def cleaned(value: Any) -> Any:

@@ -136,10 +136,15 @@ def _end_loader(kill: Kill) -> None:
     loaders[0].kill()
 
 
+def _end_agent(_: Kill) -> None:
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()  # the run cannot come to its end, and so not be gone for another reason
+
+
 ON_STEP: Mapping[str, Callable[[Kill], None]] = {
     "anywhere": _end_anywhere,
     "loader": _end_loader,
-    "agent": lambda kill: os.kill(os.getppid(), signal.SIGKILL),
+    "agent": _end_agent,
     "agent_term": lambda kill: os.kill(os.getppid(), signal.SIGTERM),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -70,13 +71,13 @@ class Ranks:
         self.store = Path(store)
         for index, ((_, connection), job) in enumerate(zip(self.workers, jobs, strict=False)):
             # ranks of one world meet in one file; worlds of one rank each have their own
-            connection.send((f"{store}.{index if job[0] == 1 else 'world'}", *job))
+            _send(connection, (f"{store}.{index if job[0] == 1 else 'world'}", *job))
 
     def _collect(self, count: int) -> list[Any]:
         answers: list[tuple[bool, Any]] = []
         for process, connection in self.workers[:count]:
             try:
-                answers.append(connection.recv())
+                answers.append(_receive(connection))
             except EOFError:
                 process.join()
                 answers.append((False, f"a rank died with exit code {process.exitcode}"))
@@ -90,11 +91,20 @@ class Ranks:
         return [answer for _, answer in answers]
 
 
+def _send(connection: Connection, value: Any) -> None:
+    """By value: ``Connection.send`` would put tensors into memory that both sides share."""
+    connection.send_bytes(pickle.dumps(value))
+
+
+def _receive(connection: Connection) -> Any:
+    return pickle.loads(connection.recv_bytes())
+
+
 def _work(connection: Connection) -> None:
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError):
         while True:
-            store, world, rank, check, args = connection.recv()
+            store, world, rank, check, args = _receive(connection)
             try:
                 dist.init_process_group(
                     "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
@@ -104,4 +114,4 @@ def _work(connection: Connection) -> None:
                 answer = (False, traceback.format_exc())
             if dist.is_initialized():
                 dist.destroy_process_group()
-            connection.send(answer)
+            _send(connection, answer)

@@ -20,17 +20,19 @@ from torch.distributed.fsdp import FSDPModule
 
 from lmtrain.data.batch import Batch, make_batch
 from lmtrain.engine.fsdp import FSDPEngine
+from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import LocalContext
 from lmtrain.model.ffn.mlp import MLPConfig
+from lmtrain.model.ffn.moe import MoEConfig
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.ops.cross_entropy import IGNORE, cross_entropy
 from lmtrain.parallel.config import ClusterConfig, MeshConfig
+from lmtrain.parallel.context import SequenceContext
 from lmtrain.parallel.exchange import AllToAll, GatherSequence, Halo, PrefixState
 from lmtrain.parallel.mesh import build_mesh, resolve
-from lmtrain.train.config import OptimizerConfig
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.distributed
@@ -51,8 +53,10 @@ MODEL = ModelConfig(
         "swiglu": MLPConfig(d_ff=24),
         "gelu": MLPConfig(d_ff=24, activation="gelu"),
         "relu2": MLPConfig(d_ff=24, activation="relu2"),
+        "moe": MoEConfig(num_experts=4, top_k=2, d_expert=8, num_shared=1, aux_weight=0.05),
+        "biased": MoEConfig(4, 2, 8, router="sigmoid", balance="bias", bias_rate=1e-2, activation="gelu"),
     },
-    pattern="ssm swiglu wide gelu local relu2 ssm",
+    pattern="ssm swiglu wide moe local relu2 biased gelu ssm",
 )
 # where documents start in each row; the shard edge of sp=2 is column 16, of sp=4 also 8 and 24
 STARTS = ((5, 16, 20), (8, 15, 27), (3, 17, 30), (4, 5, 6, 15, 16, 17, 18, 24))
@@ -148,9 +152,11 @@ def train_plainly() -> Tensor:
     for step in range(STEPS):
         data = batch(step, slice(None))
         assert data.loss_weights is not None
-        logits, _ = model(data.tokens, LocalContext(data.docs), {})
-        nll, lse = cross_entropy(logits, data.labels)
         targets = int((data.labels != IGNORE).sum())
+        ctx = LocalContext(data.docs)
+        ctx.tokens = torch.tensor(targets, dtype=torch.float64)
+        logits, _ = model(data.tokens, ctx, {})
+        nll, lse = cross_entropy(logits, data.labels)
         ((nll + Z_LOSS * lse.square()) * data.loss_weights).sum().div(targets).backward()
         norm = torch.stack([parameter.grad.square().sum() for parameter in named.values()]).sum().sqrt()
         assert OPTIMIZER.clip_norm is not None and norm > OPTIMIZER.clip_norm
@@ -158,6 +164,8 @@ def train_plainly() -> Tensor:
             parameter.grad.mul_(OPTIMIZER.clip_norm / norm)
         optimizer.step()
         optimizer.zero_grad()
+        for (place, name), load in ctx.notes.items():
+            model.stack[place].branch.after_step({name: load})
         told.append((float(nll.detach().sum()) / targets, float(norm)))
     return torch.tensor(told, dtype=torch.float64)
 
@@ -212,7 +220,7 @@ ALONE: dict[Any, tuple[Callable[..., Any], Callable[..., Any]]] = {
 ORIGINAL = {exchange: (exchange.forward, exchange.backward) for exchange in ALONE}
 LEFT_OUT = [
     f"{exchange.__name__} {part}" for exchange in ALONE for part in ("forward", "backward", "forward+backward")
-] + ["sum reduction"]
+] + ["sum reduction", "router counts"]
 
 
 @contextmanager
@@ -222,6 +230,8 @@ def left_out(what: str | None) -> Iterator[None]:
         if what == "sum reduction":
             for method in ("set_gradient_divide_factor", "set_force_sum_reduction_for_comms"):
                 patches.enter_context(mock.patch.object(FSDPModule, method, lambda self, value: None))
+        elif what == "router counts":
+            patches.enter_context(mock.patch.object(SequenceContext, "all_sum", lambda self, counts, over: counts))
         elif what is not None:
             name, parts = what.split()
             (exchange,) = (each for each in ALONE if each.__name__ == name)
@@ -258,6 +268,9 @@ DOUBLE = {
     "sp=2, heads, checkpointing": Case(SP2, _sp_attention("heads", FULL)),
     "sp=2, gather, checkpointing, root unit": Case(SP2, _sp_attention("gather", replace(FULL, fsdp_units="root"))),
     "sp=2, accumulation 2": Case(SP2, accumulation=2),
+    "ep=2 over dp_shard=2": Case(MeshConfig(dp_shard=2, ep=2)),
+    "ep=2 over sp=2, accumulation 2": Case(replace(SP2, ep=2), accumulation=2),
+    "dp_shard=2 sp=2 ep=2, checkpointing": Case(MeshConfig(dp_shard=2, sp=2, ep=2), FULL, steps=FEW),
     "dp_shard=2 sp=2, checkpointing": Case(MeshConfig(dp_shard=2, sp=2), FULL, steps=FEW),
     "dp_replicate=2 sp=2": Case(MeshConfig(dp_replicate=2, dp_shard=1, sp=2), steps=FEW),
     "sp=4": Case(MeshConfig(dp_shard=1, sp=4), steps=FEW),

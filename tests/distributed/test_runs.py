@@ -28,6 +28,7 @@ from tests.small_run import (
     Outcome,
     Torchrun,
     assert_clean,
+    assert_no_processes,
     before_step,
     checkpoint,
     column,
@@ -41,7 +42,6 @@ from tests.small_run import (
     trajectory,
     until,
     words,
-    workers_of,
 )
 
 KEEP_ALL = "checkpoint.keep_last=99"
@@ -402,7 +402,7 @@ def test_sigterm_to_torchrun_stops_with_a_checkpoint(small_recipe: Path, straigh
     run_dir = tmp_path / "run"
     agent = Torchrun(2, words(small_recipe, run_dir, *SP), tmp_path, kill=Kill("agent_term", 0, 6))
     assert agent.wait() != EXIT_DONE  # torchrun's own code says nothing
-    until(lambda: not workers_of(run_dir), "workers end")
+    assert_no_processes(run_dir)
     (verdict,) = exits(run_dir)
     assert verdict["code"] == EXIT_STOPPED and verdict["reason"] == "SIGTERM", agent.output()
     assert saved(run_dir)[-1] == verdict["step"] >= 6
@@ -416,7 +416,7 @@ def test_workers_do_not_outlive_a_killed_torchrun(small_recipe: Path, straight_s
     run_dir = tmp_path / "run"
     agent = Torchrun(2, words(small_recipe, run_dir, *SP, "workers=1"), tmp_path, kill=Kill("agent", 1, 6))
     assert agent.wait() == -signal.SIGKILL, agent.output()
-    until(lambda: not workers_of(run_dir), "workers end", lambda: str(workers_of(run_dir)))
+    assert_no_processes(run_dir)
     ranks = Forked(2, words(small_recipe, run_dir, *SP), tmp_path)
     assert ranks.wait() == [EXIT_DONE] * 2, ranks.output()
     assert_clean(run_dir)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lmtrain.engine.fsdp import FSDPEngine
+from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.model.branch import Place, branch_class
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
@@ -23,7 +24,6 @@ from lmtrain.ops.documents import Documents
 from lmtrain.parallel.config import ClusterConfig, MeshConfig
 from lmtrain.parallel.context import SequenceContext
 from lmtrain.parallel.mesh import build_mesh
-from lmtrain.train.config import OptimizerConfig
 from tests.distributed.ranks import Ranks
 
 pytestmark = pytest.mark.distributed

@@ -21,12 +21,13 @@ from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import Context, LocalContext
 from lmtrain.model.decode import decode, prefill
 from lmtrain.model.ffn.mlp import MLPConfig
+from lmtrain.model.ffn.moe import MoEConfig
 from lmtrain.model.init import draw, normal
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.ops.documents import Documents
-from lmtrain.parallel.context import make_context
+from lmtrain.parallel.context import SequenceContext
 
 D_MODEL = 8
 BRANCHES: dict[str, Any] = {
@@ -40,13 +41,15 @@ BRANCHES: dict[str, Any] = {
     "mlp_swiglu": MLPConfig(d_ff=12),
     "mlp_gelu": MLPConfig(d_ff=12, activation="gelu"),
     "mlp_relu2": MLPConfig(d_ff=12, activation="relu2"),
+    # without the balancing loss, which belongs to the whole row and is no path from column to column
+    "moe": MoEConfig(num_experts=4, top_k=2, d_expert=8, balance="none"),
+    "moe_shared": MoEConfig(4, 1, 8, num_shared=1, router="sigmoid", balance="bias", activation="gelu"),
 }
-VARIANTS = {name: f"2 * {name}" for name in BRANCHES} | {"hybrid": "mamba2_groups mlp_swiglu attention_window mamba2"}
+VARIANTS = {name: f"2 * {name}" for name in BRANCHES} | {"hybrid": "mamba2_groups moe attention_window mamba2"}
 """Name to pattern: every branch upon itself, and several together."""
-BLIND = {"attention_window_1"} | {name for name in BRANCHES if name.startswith("mlp")}
+BLIND = {"attention_window_1"} | {name for name in BRANCHES if name.startswith(("mlp", "moe"))}
 """Variants in which a column sees only itself."""
 SOFTMAX = [name for name in VARIANTS if name.startswith("attention")]
-MIXED = [name for name in VARIANTS if name not in BLIND]
 
 ROWS, LENGTH = 4, 24
 EDGE = LENGTH // 2  # of the shards of two ranks; also 6 and 18 are cut, as segments, in the tests
@@ -114,7 +117,9 @@ class Row:
         return tensor
 
     def context(self, docs: Documents, carries: bool = False) -> Context:
-        return make_context(docs.cut(self.rank, self.size), self.group, self.method, carries=carries)
+        if self.group is None:
+            return LocalContext(docs, carries=carries)
+        return SequenceContext(docs.cut(self.rank, self.size), self.group, self.method, carries=carries)
 
     def run(
         self, model: LanguageModel, tokens: Tensor, docs: Documents, state: State | None = None, carries: bool = False

@@ -1,0 +1,115 @@
+"""A class is chosen only when it can say every setting; near misses are refused with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from lmtrain.errors import UsageError
+from lmtrain.hub.match import KNOWN, match, require
+from lmtrain.hub.table import HubClass
+from lmtrain.model.branch import BRANCHES as KINDS
+from lmtrain.model.config import ModelConfig
+from tests.hub.models import BRANCHES, MODELS, VOCAB, config
+
+NEAR_MISSES: list[tuple[str, str, dict[str, Any], dict[str, dict[str, Any]], str, str]] = [
+    ("RoPE", "ssm relu2 nope", {}, {"nope": {"rope": True}}, "NemotronH", "attention.rope is true"),
+    ("no RoPE", "attn mlp", {}, {"attn": {"rope": False}}, "Llama", "attention.rope is false"),
+    ("window", "ssm relu2 nope", {}, {"nope": {"window": 16}}, "NemotronH", "attention.window is 16"),
+    ("SwiGLU", "ssm mlp nope", {}, {}, "NemotronH", "mlp.activation is swiglu, it has relu2"),
+    ("GELU", "attn mlp", {}, {"mlp": {"activation": "gelu"}}, "Llama", "mlp.activation is gelu, it has swiglu"),
+    ("softmax", "nope moe", {}, {"moe": {"router": "softmax"}}, "NemotronH", "moe.router is softmax, it has sigmoid"),
+    ("gated", "nope moe", {}, {"moe": {"activation": "swiglu"}}, "NemotronH", "moe.activation is swiglu, it has relu2"),
+    (
+        "two eps",
+        "2 * ssm",
+        {},
+        {"ssm": {"norm_eps": 1e-6}},
+        "Mamba2",
+        "mamba2.norm_eps is 1e-06 and model.norm_eps 1e-05",
+    ),
+    ("qk eps", "normed mlp", {}, {}, "Qwen3", "model.norm_eps is 1e-05, its query and key norms share 1e-06"),
+    ("qk partly", "normed mlp attn mlp", {"norm_eps": 1e-6}, {}, "Qwen3", "attention.qk_norm is false"),
+    (
+        "two windows",
+        "normed mlp normed_local mlp",
+        {"norm_eps": 1e-6},
+        {"normed": {"window": 8}},
+        "Qwen3",
+        "windows of 8, 20",
+    ),
+    ("mixed window", "attn mlp local mlp", {}, {}, "Mistral", "attention.window differs between layers (None, 20)"),
+    ("no ffn", "2 * attn", {}, {}, "Llama", "the order is not (attention mlp) repeated"),
+    ("two mlps", "attn mlp mlp attn", {}, {}, "Llama", "the order is not (attention mlp) repeated"),
+    ("hybrid", "attn mlp ssm mlp", {}, {}, "Mistral", "no mamba2"),
+    (
+        "widths",
+        "ssm relu2 wide",
+        {},
+        {"wide": {"kind": "mlp", "d_ff": 96}},
+        "NemotronH",
+        "mlp.d_ff differs between layers",
+    ),
+]
+
+
+def _config(pattern: str, model: dict[str, Any], changes: dict[str, dict[str, Any]]) -> ModelConfig:
+    branches = BRANCHES | {"wide": BRANCHES["relu2"]}
+    used = {name: branches[name] for name in pattern.replace("*", " ").split() if name in branches}
+    used |= {name: dataclasses.replace(branches[name], **change) for name, change in changes.items()}
+    return ModelConfig(d_model=64, branches=used, pattern=pattern, vocab_size=VOCAB, **model)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_expressible_models_find_their_class(name: str) -> None:
+    assert require(config(name)).name == name.split()[0]
+
+
+def test_no_window_and_uneven_heads_go_to_mistral() -> None:
+    cfg = _config("attn mlp", {}, {"attn": {"num_heads": 6, "num_kv_heads": 3}})
+    assert require(cfg).name == "Mistral"
+
+
+def test_dense_nope_stack_goes_to_nemotron() -> None:
+    assert require(_config("nope relu2 nope relu2", {}, {})).name == "NemotronH"
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern", "model", "changes", "cls", "reason"), NEAR_MISSES, ids=lambda v: str(v)[:12]
+)
+def test_near_misses_are_refused(
+    what: str, pattern: str, model: dict[str, Any], changes: dict[str, dict[str, Any]], cls: str, reason: str
+) -> None:
+    reasons = match(_config(pattern, model, changes))
+    assert not isinstance(reasons, HubClass)
+    assert any(reason in one for one in reasons[cls]), reasons
+    assert all(reasons.values())
+
+
+def test_the_refusal_tells_every_class_nearest_first() -> None:
+    with pytest.raises(UsageError) as raised:
+        require(_config("ssm relu2 nope", {}, {"nope": {"rope": True}}))
+    told = str(raised.value)
+    assert told.startswith("no transformers class computes exactly this model. NemotronH: attention.rope is true; ")
+    assert all(f"{name}: " in told for name in ("Llama", "Mistral", "Qwen3", "Mamba2")), told
+
+
+def test_the_tables_know_every_setting() -> None:
+    known = {kind: set(words.split()) for kind, words in KNOWN.items()}
+    settings = {"model": ModelConfig} | {kind: KINDS[kind].Config for kind in KNOWN if kind != "model"}
+    assert known == {kind: {field.name for field in dataclasses.fields(cls)} for kind, cls in settings.items()}
+
+
+def test_a_setting_no_table_knows_refuses_every_class() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Capped(type(BRANCHES["attn"])):  # type: ignore[misc]
+        softcap: float | None = None
+
+    plain = dataclasses.asdict(BRANCHES["attn"])
+    cfg = _config("attn mlp", {}, {})
+    assert isinstance(match(dataclasses.replace(cfg, branches=cfg.branches | {"attn": Capped(**plain)})), HubClass)
+    reasons = match(dataclasses.replace(cfg, branches=cfg.branches | {"attn": Capped(**plain, softcap=30.0)}))
+    assert isinstance(reasons, dict)
+    assert all("attention.softcap is 30.0, which no table here knows" in why for why in reasons.values())

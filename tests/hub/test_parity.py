@@ -1,0 +1,155 @@
+"""Transformers alone computes what lmtrain computes: logits, gradients, generation; and a wrong table is caught."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lmtrain.errors import DataError
+from lmtrain.hub.export import make_check, round_weights
+from lmtrain.hub.folder import write_folder
+from lmtrain.hub.llama import ATTENTION, Llama
+from lmtrain.hub.match import require
+from lmtrain.hub.table import HubClass, Rule, to_disk
+from lmtrain.hub.verify import Check, Loaded, logits_of, probe_tokens, run_transformers
+from lmtrain.model.config import ModelConfig
+from lmtrain.model.context import LocalContext
+from lmtrain.ops.documents import Documents
+from tests.hub.models import MODELS, build, config, random_tokens, tokenizer
+
+BF16 = ("Llama", "NemotronH moe")
+
+
+def written(folder: Path, name: str, cls: HubClass | None = None, dtype: torch.dtype = torch.float32) -> Check:
+    """An export of the tiny model ``name``, ready to be verified."""
+    model = build(config(name))
+    cls = cls or require(model.cfg)
+    round_weights(cls, model, dtype)
+    shard_bytes = 100_000 if name == "NemotronH" else 10**9
+    known = tokenizer(folder)
+    place = folder / f"{name}-{cls.name}-{dtype!s}-{len(list(folder.iterdir()))}".replace(" ", "_")
+    write_folder(place, cls, model, known, 128, dtype, shard_bytes)
+    return make_check(place, cls, model, known, probe_tokens(model), ["def f(x):"], 8)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Mapping[str, Loaded]:
+    """Every model, verified in one process without lmtrain."""
+    checks = {name: written(folder, name) for name in MODELS}
+    checks |= {f"{name} bf16": written(folder, name, dtype=torch.bfloat16) for name in BF16}
+    return dict(zip(checks, run_transformers(list(checks.values()), folder), strict=True))
+
+
+@pytest.mark.parametrize("name", [*MODELS, *(f"{name} bf16" for name in BF16)])
+def test_logits_are_equal(loaded: Mapping[str, Loaded], name: str) -> None:
+    one = loaded[name]
+    print(f"{name}: largest difference {one.max_logit_diff:.1e}, standard deviation {one.logit_std:.3f}")
+    assert one.max_logit_diff < 1e-4 * one.logit_std
+    assert one.logit_std > 0.1
+    assert one.compared > 0.5
+    assert one.texts[0].startswith("def f(x):") and len(one.texts[0]) > len("def f(x):")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_generation_where_the_class_can(loaded: Mapping[str, Loaded], name: str) -> None:
+    assert loaded[name].cached is (None if "without attention" in name else True)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen3", "Mamba2", "NemotronH", "NemotronH moe"])
+def test_gradients_are_equal(loaded: Mapping[str, Loaded], folder: Path, name: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = build(config(name)).requires_grad_(True)
+    cls = require(model.cfg)
+    (place,) = [path for path in folder.glob(f"{name}-*float32-*".replace(" ", "_")) if path.is_dir()]
+    theirs = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    tokens = random_tokens(2, 49, seed=3)
+    docs = Documents.from_ids(torch.zeros(2, 48, dtype=torch.int32))
+    logits, _ = model(tokens[:, :-1], LocalContext(docs), {})
+    F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    other = theirs(tokens[:, :-1], use_cache=False).logits
+    F.cross_entropy(other.flatten(0, 1), tokens[:, 1:].flatten()).backward()
+    # every transform is a rearrangement: gradients go through it as weights do
+    grads = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in model.named_parameters()}
+    grads |= {key: torch.zeros_like(buffer) for key, buffer in model.named_buffers()}
+    compared = 0
+    for key, grad in to_disk(cls.rules(model.cfg), grads):
+        found = gradient(dict(theirs.named_parameters()), key)
+        if found is not None:
+            compared += 1
+            largest = float(grad.abs().max())
+            assert largest > 0, key
+            assert float((found - grad).abs().max()) < 1e-4 * largest, key
+    assert compared >= len(list(model.parameters())) / 2
+
+
+def gradient(parameters: dict[str, torch.nn.Parameter], key: str) -> Tensor | None:
+    """Of a tensor on disk: NemotronH holds it under another prefix and experts in one tensor; None for buffers."""
+    if key not in parameters:
+        key = key.replace("backbone.", "model.")
+    if ".experts." in key:
+        before, _, rest = key.partition(".experts.")
+        number, _, matrix = rest.partition(".")
+        return parameters[f"{before}.experts.{matrix.removesuffix('.weight')}"].grad[int(number)]  # type: ignore[index]
+    return parameters[key].grad if key in parameters else None
+
+
+def renamed(names: Mapping[str, str]) -> list[Rule]:
+    """Llama's attention table with other names on disk."""
+    return [Rule(rule.ours, (names.get(rule.disk[0], rule.disk[0]),)) for rule in ATTENTION]
+
+
+K, V, Q = (f"self_attn.{name}_proj.weight" for name in "kvq")
+
+
+class Swapped(Llama):
+    """Keys and values under each other's names: the same shapes, another model."""
+
+    attention: ClassVar[list[Rule]] = renamed({K: V, V: K})
+
+
+class Misnamed(Llama):
+    """A name the class does not know: it loads, with a random tensor in its place."""
+
+    attention: ClassVar[list[Rule]] = renamed({Q: "self_attn.query.weight"})
+
+
+class Extra(Llama):
+    """A key in config.json that the class does not have."""
+
+    def config(self, cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+        return super().config(cfg, vocab_size, seq_len) | {"hiden_size": 64, "rope_parameters": None, "rope_theta": 5e4}
+
+
+def test_wrong_tables_and_configs_are_caught(folder: Path) -> None:
+    checks = [written(folder, "Llama", cls()) for cls in (Swapped, Misnamed, Extra)]
+    with pytest.raises(DataError, match="what transformers loads is not the model that was trained"):
+        run_transformers(checks, folder)
+    swapped, misnamed, extra = (check.problems for check in checks)
+    assert len(swapped) == 1 and swapped[0].startswith("logits differ by ")
+    assert "missing keys: model.layers.0.self_attn.q_proj.weight, model.layers.1.self_attn.q_proj.weight" in misnamed
+    assert any(one.startswith("unexpected keys: model.layers.0.self_attn.query.weight") for one in misnamed)
+    assert "config.json: keys the class does not have: hiden_size" in extra
+    assert any(one.startswith("logits differ by ") for one in extra)  # another rotary base
+
+
+def test_rows_are_compared_up_to_a_near_tie_of_the_router() -> None:
+    model = build(config("NemotronH moe"))
+    tokens = probe_tokens(model)
+    _, comparable = logits_of(model, tokens)
+    assert comparable.float().mean() > 0.5
+    router = model.get_submodule("blocks.1.branch.router")
+    router.weight.zero_()
+    model.get_buffer("blocks.1.branch.router_bias").zero_()
+    assert not logits_of(model, tokens)[1].any()  # all scores are tied
