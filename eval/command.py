@@ -10,7 +10,6 @@ import typing
 from typing import Any
 
 from lmtrain.config.schema import accepts, keys_of
-from lmtrain.config.schema import words as type_words
 from lmtrain.errors import EXIT_DONE, LmtrainError, UsageError, nearest
 from lmtrain.eval.run import QUESTIONS, EvaluateConfig, default_path, evaluate_run, write
 
@@ -67,19 +66,20 @@ def parse(argv: list[str]) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 def _value(key: str, text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is typing.Literal:
-        fits: bool = text in typing.get_args(kind)
-        value: Any = text
-    elif accepts(kind, bool):
-        fits = text.lower() in ("true", "false")
-        value = text.lower() == "true"
-    elif accepts(kind, int):
-        fits = text.lstrip("-").isdecimal()
-        value = int(text) if fits else None
-    else:
-        fits, value = bool(text), text
-    if not fits:
-        raise UsageError(f"{key}: expected {type_words(kind).removesuffix(' or null')}, got {text!r}")
-    return value
+        choices = typing.get_args(kind)
+        if text not in choices:
+            raise UsageError(f"{key}: expected {' or '.join(choices)}, got {text}")
+        return text
+    if accepts(kind, bool):
+        if text.lower() not in ("true", "false"):
+            raise UsageError(f"{key}: expected true or false, got {text}")
+        return text.lower() == "true"
+    if accepts(kind, int):
+        try:
+            return int(text)
+        except ValueError:
+            raise UsageError(f"{key}: expected an integer, got {text}") from None
+    return text
 
 
 def help_page(page: str) -> str:

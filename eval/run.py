@@ -83,7 +83,8 @@ def evaluate_run(where: str | Path, cfg: EvaluateConfig | None = None, **setting
     result |= _evaluate_export(Path(where), cfg) if is_export(where) else _evaluate_checkpoint(Path(where), cfg)
     versions = {name: importlib.metadata.version(name) for name in ("torch", "lm-eval", "datasets", "transformers")}
     result["versions"] = {"lmtrain": __version__, **versions}
-    result["settings"] = dataclasses.asdict(cfg) | {"heldout": cfg.scores_heldout}
+    used = dataclasses.asdict(cfg) | {"heldout": cfg.scores_heldout}
+    result["settings"] = {key: str(value) if isinstance(value, Path) else value for key, value in used.items()}
     return {**result, "seconds": round(time.monotonic() - begun, 3)}
 
 

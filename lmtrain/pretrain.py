@@ -23,10 +23,8 @@ import yaml
 from lmtrain import __version__
 from lmtrain.checkpoint import commit
 from lmtrain.checkpoint.checkpointer import HASHER, Checkpointer, branch_from, init_from
-from lmtrain.checkpoint.commit import committed
 from lmtrain.checkpoint.lock import RunLock
-from lmtrain.checkpoint.manifest import step_of
-from lmtrain.checkpoint.manifest import directory_name
+from lmtrain.checkpoint.manifest import directory_name, step_of
 from lmtrain.checkpoint.ranks import Ranks
 from lmtrain.checkpoint.storage import LocalStorage, check_space, probe_writable
 from lmtrain.config.help import answer
@@ -347,12 +345,13 @@ def _restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine:
 
 def _refuse_to_shadow(run_dir: Path, found: Path | None, resume: str) -> None:
     """A run that starts before checkpoints of its own folder would write steps that are there already."""
-    steps = [step for path in committed(LocalStorage(), run_dir / "checkpoints") if (step := step_of(path.name))]
+    steps = [step for path in commit.committed(LocalStorage(), run_dir / "checkpoints") if (step := step_of(path.name))]
     begins = 0 if found is None else step_of(found.name) or 0
     if steps and max(steps) > begins:
         raise UsageError(
-            f"resume={resume}: {run_dir} holds checkpoints up to step {max(steps)}, this start would begin at {begins}; "
-            f"give it a run.dir of its own" + (f" and branch_from={found}" if found else ", or resume=auto to go on")
+            f"resume={resume}: {run_dir} holds checkpoints up to step {max(steps)}, this start would begin at "
+            f"{begins}; give it a run.dir of its own"
+            + (f" and branch_from={found}" if found else ", or resume=auto to go on")
         )
 
 

@@ -49,9 +49,10 @@ def card(cls: HubClass, cfg: ModelConfig, facts: dict[str, Any]) -> str:
         f"- Tokenizer: {facts['tokenizer']['vocab_size']:,} tokens; documents end with "
         f"`{facts['tokenizer']['eod']}`, nothing is put before them. In training, text that spells this "
         "token stayed text; here it becomes the token.",
-        f"- Proof: logits of lmtrain and of transformers {facts['transformers']}, loaded in a process without "
-        f"lmtrain, in fp32, differ by at most {parity['max_logit_diff']:.1e} (standard deviation "
-        f"{parity['logit_std']:.3g}); with every parameter perturbed, by {parity['perturbed_max_logit_diff']:.1e} ({parity['perturbed_logit_std']:.3g}).",
+        f"- Proof: logits of lmtrain and of transformers {facts['transformers']}, loaded in a process without lmtrain, "
+        f"in fp32, differ by at most {parity['max_logit_diff']:.1e} (standard deviation {parity['logit_std']:.3g}); "
+        f"with every parameter perturbed, by {parity['perturbed_max_logit_diff']:.1e} "
+        f"({parity['perturbed_logit_std']:.3g}).",
         f"- Generation: {NO_CACHE if cached is None else 'greedy with the cache equals greedy without it.'}",
     ]
     if facts["dtype"] == "bfloat16":

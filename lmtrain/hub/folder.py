@@ -61,7 +61,7 @@ def _configs(
         "dtype": str(dtype).removeprefix("torch."),
         **cls.config(model.cfg, model.vocab_size, seq_len),
         **shared,
-        "pad_token_id": None,  # a number here would be the embedding's padding_idx, a row that fine-tuning does not move
+        "pad_token_id": None,  # a number would be the embedding's padding_idx: a row that fine-tuning does not move
         "lmtrain_tokenizer_sha256": tokenizer.fingerprint,
     }
     return {"config.json": config, "generation_config.json": shared | {"pad_token_id": tokenizer.eod_id}}

@@ -51,7 +51,7 @@ class Llama(HubClass):
         kinds = [cfg.branches[name].kind for name in cfg.order()]
         others = sorted(set(kinds) - {"attention", "mlp"})
         if others:
-            return [f"no {', no '.join(others)}"]
+            return [f"no {kind}" for kind in others]
         repeated = kinds == ["attention", "mlp"] * (len(kinds) // 2)
         return [] if repeated else ["the order is not (attention mlp) repeated"]
 

@@ -46,7 +46,7 @@ class Mamba2(HubClass):
 
     def reasons(self, cfg: ModelConfig) -> list[str]:
         others = sorted({cfg.branches[name].kind for name in cfg.order()} - {"mamba2"})
-        return ([f"no {', no '.join(others)}"] if others else []) + mixer_reasons(cfg)
+        return [f"no {kind}" for kind in others] + mixer_reasons(cfg)
 
     def rules(self, cfg: ModelConfig) -> list[Rule]:
         found = list(OUTSIDE) if cfg.tie_embeddings else [*OUTSIDE, HEAD]

@@ -50,7 +50,7 @@ class NemotronH(HubClass):
 
     def reasons(self, cfg: ModelConfig) -> list[str]:
         others = sorted({cfg.branches[name].kind for name in cfg.order()} - BLOCKS.keys())
-        found = [f"no {', no '.join(others)}"] if others else []
+        found = [f"no {kind}" for kind in others]
         for one in distinct(cfg, "attention"):
             found += ["attention.rope is true"] if one.rope else []
             found += ["attention.qk_norm is true"] if one.qk_norm else []

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 
-from lmtrain.report.chart import LEFT, RIGHT, TOP, Axis, Line, figure_svg, heat_map, line_chart, smooth, window
+from lmtrain.report.chart import Line, line_chart, smooth, window
 from lmtrain.report.record import Record, Row
 from lmtrain.report.words import listing, quantity, short, significant
 
 LARGE, SMALL = (640, 320), (640, 260)
-HEAT_COLUMNS = 120
-MOST_MAPS = 8
 MOST_RAW = 4
 """More sources than these, and only their smoothed curves are drawn."""
 LOG_SPREAD = 30
@@ -61,34 +58,6 @@ def health(record: Record) -> list[Figure]:
     return [figure for figure in made if figure]
 
 
-def experts(record: Record) -> list[Figure]:
-    """How evenly the routers use their experts."""
-    places = sorted({int(key.split(".")[1]) for row in record.steps for key in row if key.startswith("router_load.")})
-    shown = {places[at] for at in np.linspace(0, len(places) - 1, MOST_MAPS).round().astype(int)} if places else set()
-    order = record.recipe.model.order() if record.recipe else []
-    made: list[Figure] = []
-    spread: list[Line] = []
-    for place in places:
-        name = f"branch {place}" + (f" ({order[place]})" if place < len(order) else "")
-        rows = [row for row in record.steps if row.get(f"router_load.{place}")]
-        load = np.array([row[f"router_load.{place}"] for row in rows], dtype=np.float64)
-        tokens = [row["tokens"] for row in rows]
-        if place in shown:
-            made.append(_load_map(place, name, load, tokens))
-        worst = load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9)
-        spread.append(Line(name, tokens, smooth(worst.tolist()), colour=len(spread)))
-    if spread:
-        ends = [line.ys[-1] for line in spread]
-        caption = (
-            f"The busiest expert of a step had {significant(min(ends))} to {significant(max(ends))} times an even share "
-            "at the end; 1 would be perfect balance"
-            + (f" (below, {len(made)} of the {len(places)} layers)." if len(made) < len(places) else ".")
-        )
-        svg = line_chart(spread, x_label="tokens", y_label="busiest expert / mean", rules=[(1.0, "even")], size=SMALL)
-        made.insert(0, Figure("Balance of the experts", svg, caption, _legend(spread)))
-    return made
-
-
 def _loss(record: Record) -> Figure | None:
     xs, ys = _series(record.steps, _key("loss"))
     if not xs:
@@ -116,7 +85,7 @@ def _source_loss(record: Record) -> Figure | None:
     caption = f"Of the sources, {ends[0][1]} ends with the lowest loss, {significant(ends[0][0])} nats per token, "
     caption += f"and {ends[-1][1]} with the highest, {significant(ends[-1][0])}."
     svg = line_chart(lines, x_label="tokens", y_label="loss, nats per token")
-    return Figure("Training loss by source", svg, caption, _legend(lines))
+    return Figure("Training loss by source", svg, caption, legend(lines))
 
 
 def baselines(record: Record) -> dict[str, float]:
@@ -144,7 +113,7 @@ def _heldout(record: Record) -> Figure | None:
     beaten = [name for name, value in baselines(record).items() if last < value]
     caption += f"; below the dotted lines of {listing(beaten)}." if beaten else "."
     svg = line_chart(lines, x_label="tokens", y_label="bits per byte", rules=rules)
-    return Figure("Held-out text", svg, caption, _legend(lines))
+    return Figure("Held-out text", svg, caption, legend(lines))
 
 
 def _gradients(record: Record) -> Figure | None:
@@ -206,50 +175,12 @@ def _simple(
     return Figure(title, svg, words(ys))
 
 
-def _load_map(place: int, name: str, load: np.ndarray[Any, Any], tokens: Sequence[int]) -> Figure:
-    """Experts by time: orange above an even share, blue below, full ink at double and at half."""
-    parts = np.array_split(np.arange(len(load)), min(HEAT_COLUMNS, len(load)))
-    binned = np.stack([load[part].sum(axis=0) for part in parts], axis=1)
-    share = np.log2(np.maximum(binned / np.maximum(binned.mean(axis=0), 1e-9), 1e-9))
-    width, height = SMALL
-    plot = (width - LEFT - RIGHT, height - TOP - 52)
-    drawn = [heat_map([(share, "over"), (-share, "under")], key=f"load-{place}", size=plot)]
-    count = load.shape[1]
-    for expert in sorted({0, count // 4, count // 2, 3 * count // 4, count - 1}):
-        at = TOP + plot[1] * (expert + 0.5) / count + 4
-        drawn.append(Markup('<text class="tick end" x="{}" y="{:.1f}">{}</text>').format(LEFT - 7, at, expert))
-    axis = Axis(0, tokens[-1], LEFT, width - RIGHT)
-    for tick in axis.ticks():
-        text = Markup('<text class="tick middle" x="{:.1f}" y="{}">{}</text>')
-        drawn.append(text.format(axis(tick), height - 35, short(tick)))
-    drawn.append(
-        Markup('<text class="label middle" transform="translate(13 {}) rotate(-90)">expert</text>').format(
-            TOP + plot[1] / 2
-        )
-    )
-    drawn.append(Markup('<text class="label" x="{}" y="{}">tokens</text>').format(LEFT, height - 12))
-    drawn.append(_load_scale(width - RIGHT - 190, height - 22))
-    even = 1 / count
-    last = load[-max(1, len(load) // 10) :].sum(axis=0) / load[-max(1, len(load) // 10) :].sum()
-    caption = (
-        f"In the last tenth of the run the {count} experts took between {last.min() / even:.2f} and "
-        f"{last.max() / even:.2f} times an even share of the tokens."
-    )
-    return Figure(f"Load of the experts in {name}", figure_svg(drawn, SMALL, f"expert load, {name}"), caption)
-
-
-def _load_scale(x: float, y: float) -> Markup:
-    steps = np.linspace(-1, 1, 33)[None, :]
-    bar = heat_map([(steps, "over"), (-steps, "under")], key=f"scale-{x}-{y}", size=(90, 9), origin=(x + 50, y))
-    text = Markup('<text class="tick {}" x="{}" y="{}">{}</text>')
-    return bar + text.format("end", x + 44, y + 9, "half") + text.format("", x + 146, y + 9, "double")
-
-
 def _raw_and_smooth(name: str, xs: list[float], ys: list[float], colour: int) -> list[Line]:
     return [Line(name, xs, ys, colour, faint=True), Line(name, xs, smooth(ys), colour)]
 
 
-def _legend(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
+def legend(lines: Sequence[Line]) -> list[tuple[str, str, str]]:
+    """CSS classes, name and last value of every curve."""
     return [(line.style, line.name, significant(line.ys[-1])) for line in lines if not line.faint]
 
 

@@ -13,9 +13,10 @@ import jinja2
 from lmtrain import __version__
 from lmtrain.errors import StorageError
 from lmtrain.report import figures
+from lmtrain.report.experts import experts
 from lmtrain.report.pictures import pictures
 from lmtrain.report.record import Record, Row, read_record
-from lmtrain.report.words import Table, duration, listing, moment, quantity, significant, tables
+from lmtrain.report.words import Table, duration, listing, moment, quantity, significant, tables, value_text
 from lmtrain.train.environment import redact
 
 NAME = "report.html"
@@ -66,13 +67,13 @@ def render_page(record: Record) -> str:
         tiles=_tiles(record),
         learning=figures.learning(record),
         health=figures.health(record),
-        experts=figures.experts(record),
+        experts=experts(record),
         evaluation=_evaluation(record.evaluation),
         samples=_samples(record),
         maps=maps,
         no_maps=redact(no_maps),
         attempts=_attempts(record),
-        skipped=[row for row in record.steps if row.get("skipped") or row.get("nonfinite")],
+        skipped=_skipped(record),
         export=tables(record.export or {}),
         recipe=[line.partition("  # ") for line in (record.recipe_text or "").splitlines()],
         settings=tables(record.environment or {}),
@@ -141,10 +142,15 @@ def _result(record: Record) -> str:
 def _status(record: Record) -> tuple[str, str]:
     """The verdict of the newest attempt, and how good it is."""
     newest = record.attempts[-1]["attempt"] if record.attempts else None
-    if not record.exits or (newest is not None and record.exits[-1].get("attempt", newest) < newest):
+    if not record.exits or (newest is not None and record.exits[-1]["attempt"] < newest):
         return UNTOLD
-    code = record.exits[-1].get("code")
-    return VERDICTS.get(code, (f"exit code {code}", "bad"))
+    return _verdict(record.exits[-1])
+
+
+def _verdict(row: Row) -> tuple[str, str]:
+    code = row.get("code")
+    known = VERDICTS.get(code) if isinstance(code, int) else None
+    return known or (f"exit code {code}", "bad")
 
 
 def _tiles(record: Record) -> list[tuple[str, str, str]]:
@@ -160,8 +166,8 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
         )
         made.append(("read", quantity(last["tokens"]), "tokens"))
         made.append(("steps", f"{last['step']:,}", duration(sum(seconds)) + " of steps" if seconds else ""))
-        rates = sorted(row["tokens_per_second"] for row in record.steps)
-        made.append(("speed, median", quantity(rates[len(rates) // 2]), "tokens per second"))
+        rates = sorted(row["tokens_per_second"] for row in record.steps if row["tokens_per_second"])
+        made += [("speed, median", quantity(rates[len(rates) // 2]), "tokens per second")] if rates else []
     if record.recipe is not None and record.vocab_size is not None:
         made.append(("size", quantity(record.recipe.model.num_params(record.vocab_size)), "parameters"))
     return made
@@ -170,7 +176,9 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
 def _evaluation(content: Row | None) -> list[Table]:
     """A table per task, whatever the tasks are; facts about the evaluation come first."""
     content = dict(content or {})
-    tasks = next((content.pop(key) for key in ("tasks", "results") if isinstance(content.get(key), Mapping)), {})
+    tasks: dict[str, Any] = next(
+        (content.pop(key) for key in ("tasks", "results") if isinstance(content.get(key), Mapping)), {}
+    )
     tasks = {**{key: value for key, value in content.items() if isinstance(value, Mapping)}, **tasks}
     facts: dict[str, Any] = {key: value for key, value in content.items() if key not in tasks}
     made = tables(facts, "How it was evaluated")
@@ -186,16 +194,24 @@ def _samples(record: Record) -> list[Row]:
     return [rows[index] for index in picked]
 
 
+def _skipped(record: Record) -> str:
+    """Which steps did not count, in a sentence; empty if all did."""
+    rows = [row for row in record.steps if row.get("skipped") or row.get("nonfinite")]
+    named = [f"step {row['step']}" + (f" ({row['skipped']})" if row.get("skipped") else "") for row in rows[:8]]
+    more = f", and {len(rows) - 8} more" if len(rows) > 8 else ""
+    return f"Skipped or not finite: {', '.join(named)}{more}." if rows else ""
+
+
 def _attempts(record: Record) -> list[list[str]]:
     """Rows of the table of attempts: number, began, from step, to step, took, ended, in its own words."""
-    exits = {row.get("attempt"): row for row in record.exits}
+    exits = {row["attempt"]: row for row in record.exits}
     begun = {row["attempt"]: row for row in record.attempts}
     rows = []
-    for attempt in sorted(set(exits) | set(begun), key=lambda number: number or 0):
+    for attempt in sorted(exits.keys() | begun.keys()):
         start, end = begun.get(attempt, {}), exits.get(attempt, {})
         times = (start.get("time_unix"), end.get("time_unix"))
         took = duration(times[1] - times[0]) if times[0] is not None and times[1] is not None else "unknown"
-        verdict = VERDICTS.get(end.get("code"), UNTOLD if not end else (f"exit code {end.get('code')}", "bad"))[0]
-        steps = [f"{row['step']:,}" if "step" in row else "none" for row in (start, end)]
+        verdict = (_verdict(end) if end else UNTOLD)[0]
+        steps = [value_text(row.get("step")) for row in (start, end)]
         rows.append([str(attempt), moment(times[0]), *steps, took, verdict, str(end.get("reason", ""))])
     return rows

@@ -58,15 +58,16 @@ class Record:
     @cached_property
     def vocab_size(self) -> int | None:
         """Rows of the embedding: as the newest checkpoint has them, else as recipe and tokenizer say."""
+        given = self.recipe.model.vocab_size if self.recipe else None
         try:
             if self.checkpoint is not None:
                 tensors: Any = read_manifest(LocalStorage(), self.checkpoint, HASHER)["tensors"]
                 return int(tensors["model.embed.weight"]["shape"][0])
-            if self.recipe is not None:
+            if self.recipe is not None and given is None:
                 return embedding_rows(self.recipe.model, Tokenizer.load(self.recipe.data.tokenizer).vocab_size)
         except (LmtrainError, KeyError, OSError) as error:
             self.remarks.append(f"The size of the vocabulary is unknown: {error}")
-        return None
+        return given
 
     @cached_property
     def step_seconds(self) -> list[float | None]:
@@ -90,7 +91,8 @@ def read_record(run_dir: Path) -> Record:
         record.steps = [row for row in rows if row["kind"] == "step"]
         record.evals = [row for row in rows if row["kind"] == "eval"]
         record.attempts = [row for row in _lines(run_dir / "metrics.jsonl") if row.get("kind") == "attempt"]
-    record.exits = cleaned(_lines(run_dir / "exits.jsonl"))
+    ended = [row for row in _lines(run_dir / "exits.jsonl") if isinstance(row.get("attempt"), int)]
+    record.exits = cleaned(ended)
     record.environment = _json(record, "environment.json")
     record.summary = _json(record, "summary.json")
     record.evaluation = _json(record, "evaluation.json")

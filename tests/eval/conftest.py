@@ -55,7 +55,12 @@ def run_dir(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     from tests.small_run import train, words
 
     folder = tmp_path_factory.mktemp("evaluated") / "run"
-    settings = ["train.steps=3", "train.schedule.warmup_tokens=0", "train.schedule.decay_tokens=256", "checkpoint.every=2"]
+    settings = [
+        "train.steps=3",
+        "train.schedule.warmup_tokens=0",
+        "train.schedule.decay_tokens=256",
+        "checkpoint.every=2",
+    ]
     outcome = train(words(small_recipe, folder, *settings))
     assert outcome.code == 0, outcome.err
     return folder

@@ -146,7 +146,9 @@ def test_refusals(llama: LanguageModel, tokenizer: Tokenizer) -> None:
 
 def test_a_context_is_a_prefix_of_what_follows_it(tokenizer: Tokenizer) -> None:
     """Or the continuation's tokens would be cut out of the whole at the wrong place, without a word."""
-    questions = [q for rows in (read_folder(Path(QUESTIONS), s) for s in ("dev", "test")) for r in rows.values() for q in r]
+    questions = [
+        q for rows in (read_folder(Path(QUESTIONS), s) for s in ("dev", "test")) for r in rows.values() for q in r
+    ]
     prompts = [(f"Question: {q.question}\nAnswer:", f" {choice}") for q in questions for choice in q.choices]
     assert len(prompts) >= 200
     for context, continuation in prompts:

@@ -19,7 +19,21 @@ from lmtrain.eval import mmlu
 from lmtrain.eval.mmlu import LETTERS, Question, read_csv, read_folder
 from lmtrain.eval.run import QUESTIONS
 
-ODD = ["None", "NaN", "0.10", "01", "1e3", "True", "N/A", "", "2019-01-01", 'say "hi"', "a, b", "two\nlines", " padded "]
+ODD = [
+    "None",
+    "NaN",
+    "0.10",
+    "01",
+    "1e3",
+    "True",
+    "N/A",
+    "",
+    "2019-01-01",
+    'say "hi"',
+    "a, b",
+    "two\nlines",
+    " padded ",
+]
 SIZES = {"odd_things": 13, "plain": 8, "one": 2}
 
 
@@ -38,7 +52,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for split, count in (("test", size), ("dev", 5)):
             rows = []
             for index in range(count):
-                options = [draw.choice(ODD) for _ in LETTERS] if name == "odd_things" else [f"199{n}-01-01" for n in range(4)]
+                options = (
+                    [draw.choice(ODD) for _ in LETTERS] if name == "odd_things" else [f"199{n}-01-01" for n in range(4)]
+                )
                 rows.append(Question(f"{name} {split} {index}, {ODD[index % len(ODD)]}?", tuple(options), index % 4))
             write(root, name, split, rows)
     return root
@@ -91,7 +107,11 @@ def test_the_prompt_is_that_of_lm_eval(folder: Path) -> None:
     lm = Rigged(folder, lambda name, index: True)
     assert mmlu.score(lm, folder, num_fewshot=2, limit=1)["acc_micro"] == 1.0
     dev, test = read_folder(folder, "dev")["odd_things"], read_folder(folder, "test")["odd_things"]
-    parts = [_block(dev[0]) + f" {LETTERS[dev[0].answer]}", _block(dev[1]) + f" {LETTERS[dev[1].answer]}", _block(test[0])]
+    parts = [
+        _block(dev[0]) + f" {LETTERS[dev[0].answer]}",
+        _block(dev[1]) + f" {LETTERS[dev[1].answer]}",
+        _block(test[0]),
+    ]
     head = "The following are multiple choice questions (with answers) about odd things.\n\n"
     assert lm.prompts.count(head + "\n\n".join(parts)) == 4
     installed = Path(lm_eval.__file__).parent / "tasks" / "mmlu"
