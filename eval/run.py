@@ -19,6 +19,7 @@ from lmtrain.data.heldout import Heldout
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, StorageError, UsageError
 from lmtrain.eval import heldout as heldout_score
+from lmtrain.hub.export import FACTS
 from lmtrain.ops.library import chosen
 from lmtrain.train.hardware import resolve_device
 from lmtrain.trained import load_model
@@ -153,7 +154,16 @@ def _evaluate_export(where: Path, cfg: EvaluateConfig) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{where}: transformers does not load it: {str(error).splitlines()[0]}") from error
     facts = {"kind": "export", "device": str(device), "dtype": "float32", "max_length": lm.max_length}
-    return {**facts, "model_type": lm.config.model_type, **_harness(lm, cfg)}
+    return {**facts, "model_type": lm.config.model_type, **_origin(where), **_harness(lm, cfg)}
+
+
+def _origin(where: Path) -> dict[str, Any]:
+    """Of which checkpoint an export of ours was made; nothing for another's."""
+    source = where / FACTS
+    if not source.is_file():
+        return {}
+    told = json.loads(source.read_text(encoding="utf-8"))
+    return {"step": told["step"], "tokens": told["tokens"], "tokenizer_fingerprint": told["tokenizer"]["fingerprint"]}
 
 
 def _harness(lm: Any, cfg: EvaluateConfig) -> dict[str, Any]:

@@ -130,6 +130,8 @@ class SSD(AffineOp):
         chunk = static.get("chunk", 64)
         if chunk < 1:
             raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
+        if docs is not None and initial_state is not None and x.shape[1]:
+            initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included
         if library.backend(self.name, x.device.type, x.dtype) == "reference":
             return chunked(x, log_a, b, c, docs, initial_state, chunk)
         starts = None if docs is None else docs.starts()
@@ -159,6 +161,8 @@ class SSD(AffineOp):
         assert x is not None and log_a is not None and c is not None
         carried = (_starts(x, docs).cumsum(dim=1) == 0)[:, :, None]
         zero = incoming.new_zeros(())
+        if docs is not None and x.shape[1]:
+            incoming = self.drop(incoming, docs.before)
         reach = torch.where(carried, torch.where(carried, log_a.to(incoming.dtype), zero).cumsum(dim=1).exp(), zero)
         grouped = incoming.unflatten(1, (c.shape[2], -1))
         read = torch.einsum("btgn,bgrnp->btgrp", c.to(incoming.dtype), grouped).flatten(2, 3)

@@ -31,6 +31,8 @@ VERDICTS = {
     130: ("interrupted", "bad"),
 }
 """Exit codes of a worker (docs/formats.md) in words, and how good that is."""
+HOW_EVALUATED = ("settings", "versions", "kernels")
+"""Keys of evaluation.json that hold no result."""
 UNTOLD = ("no exit recorded: still running, or killed", "fair")
 
 
@@ -174,17 +176,18 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _evaluation(content: Row | None) -> list[Table]:
-    """A table per task, whatever the tasks are; facts about the evaluation come first."""
-    content = dict(content or {})
-    tasks: dict[str, Any] = next(
-        (content.pop(key) for key in ("tasks", "results") if isinstance(content.get(key), Mapping)), {}
-    )
-    tasks = {**{key: value for key, value in content.items() if isinstance(value, Mapping)}, **tasks}
-    facts: dict[str, Any] = {key: value for key, value in content.items() if key not in tasks}
-    made = tables(facts, "How it was evaluated")
-    for task, metrics in tasks.items():
-        made += tables(metrics if isinstance(metrics, Mapping) else {"value": metrics}, str(task))
-    return made
+    """A table per task, whatever the tasks are, and one of how they were run."""
+    results: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    for key, value in (content or {}).items():
+        if key in ("tasks", "results") and isinstance(value, Mapping):
+            results |= {name: part if isinstance(part, Mapping) else {"value": part} for name, part in value.items()}
+        elif isinstance(value, Mapping) and key not in HOW_EVALUATED:
+            results[key] = value
+        else:
+            facts[key] = value
+    made = [table for name, metrics in results.items() for table in tables(metrics, str(name))]
+    return made + tables(facts, "How it was evaluated")
 
 
 def _samples(record: Record) -> list[Row]:

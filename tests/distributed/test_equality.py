@@ -73,13 +73,14 @@ class Case:
     steps: int = STEPS
     dtype: torch.dtype = torch.float64
     left_out: str | None = None
+    rolled: int = 0  # which rows share a micro-batch
 
     @property
     def world(self) -> int:
         return abs(self.mesh.dp_replicate * self.mesh.dp_shard * self.mesh.sp)
 
 
-def batch(step: int, rows: slice) -> Batch:
+def batch(step: int, rows: slice, rolled: int = 0) -> Batch:
     """Some rows of the step's batch: every second token follows from the one before it."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=generator)
@@ -91,7 +92,7 @@ def batch(step: int, rows: slice) -> Batch:
     padding[1, LENGTH + 1 - PADDED :] = True
     ids[1, LENGTH + 1 - PADDED] = 1
     ids = ids.cumsum(1)
-    order = (torch.arange(ROWS) + step) % ROWS  # every rank meets every row
+    order = (torch.arange(ROWS) + step + rolled) % ROWS  # every rank meets every row
     weights = torch.rand(ROWS, LENGTH, generator=generator) + 0.5
     chosen = order[rows]
     made = make_batch(
@@ -123,7 +124,8 @@ def train(case: Case) -> Tensor:
         rows = ROWS // mesh.data_size // case.accumulation
         for step in range(case.steps):
             first = mesh.data_rank * case.accumulation
-            parts = [batch(step, slice(i * rows, (i + 1) * rows)) for i in range(first, first + case.accumulation)]
+            slices = [slice(i * rows, (i + 1) * rows) for i in range(first, first + case.accumulation)]
+            parts = [batch(step, each, case.rolled) for each in slices]
             micro_batches = [part.cut(mesh.sequence_rank, mesh.sp) for part in parts]
             info = engine.train_step(micro_batches, LR, torch.zeros(2, dtype=torch.int64))
             told.append((info.loss, info.grad_norm))
@@ -279,6 +281,8 @@ SINGLE = {
     "one process, fp32": Case(ONE, dtype=torch.float32),
     "one process, accumulation 2, fp32": Case(ONE, accumulation=2, dtype=torch.float32),
     "one process, accumulation 4, fp32": Case(ONE, accumulation=4, dtype=torch.float32),
+    "one process, accumulation 2 of other rows, fp32": Case(ONE, accumulation=2, dtype=torch.float32, rolled=1),
+    "one process, accumulation 4 in another order, fp32": Case(ONE, accumulation=4, dtype=torch.float32, rolled=2),
     "dp_shard=2, fp32": Case(MeshConfig(dp_shard=2), dtype=torch.float32),
     "sp=2, heads, fp32": Case(SP2, _sp_attention("heads"), dtype=torch.float32),
     "sp=2, gather, fp32": Case(SP2, _sp_attention("gather"), dtype=torch.float32),

@@ -189,6 +189,18 @@ def test_the_script_by_hand(run_dir: Path, tmp_path: Path) -> None:
     result = json.loads((copy / "evaluation.json").read_text(encoding="utf-8"))
     assert result["format_version"] == 1 and result["versions"]["lm-eval"] and result["mmlu"]["num_fewshot"] == 1
     assert result["settings"]["max_length"] == result["max_length"] == 512 and result["truncated_requests"] == 0
+    (tmp_path / "mine.py").write_text(
+        "import evaluate\nload = evaluate.load\n\ndef every(docs):\n    return docs\n", "utf-8"
+    )
+    (tmp_path / "text.jsonl").write_text('{"text": "ab cd"}\n', encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(
+        f"{{task: mine, output_type: loglikelihood_rolling, dataset_path: json, test_split: test, doc_to_text: '', "
+        f"doc_to_target: '{{{{text}}}}', metric_list: [{{metric: bits_per_byte}}], process_docs: !function mine.every, "
+        f"dataset_kwargs: {{data_files: {{test: {tmp_path}/text.jsonl}}, cache_dir: {tmp_path}/cache}}}}\n",
+        encoding="utf-8",
+    )
+    done = start("run", "tasks=mine", f"include={tmp_path}", "out=mine.json")
+    assert done.returncode == 0 and "mine, 0-shot: bits_per_byte" in done.stdout, done.stderr
     done = start("--help")
     assert done.returncode == 0 and "python launch/evaluate.py runs/demo" in done.stdout
     assert str(QUESTIONS) in done.stdout and "num_fewshot=" in done.stdout

@@ -169,8 +169,13 @@ def test_a_row_that_starts_a_document_drops_any_initial_state(kernels: str) -> N
     tensors, docs = inputs(20), documents("fresh", 20)
     expected = run({name: t for name, t in tensors.items() if name != "initial_state"}, docs, 8)
     for fill in (1.0, float("inf"), float("nan")):
-        found = run(tensors | {"initial_state": torch.full_like(tensors["initial_state"], fill)}, docs, 8)
-        assert torch.equal(found["y"], expected["y"]) and torch.equal(found["state"], expected["state"])
+        filled = tensors | {"initial_state": torch.full_like(tensors["initial_state"], fill)}
+        found = run(filled, docs, 8)
+        assert (found.pop("grad_initial_state") == 0).all()
+        assert all(torch.equal(found[name], expected[name]) for name in found)
+        part = [filled[name] for name in NAMES[:4]]
+        corrected = ssd.correct(expected["y"], *part, docs=docs, incoming=filled["initial_state"])
+        assert torch.equal(corrected, expected["y"])
 
 
 # --- spans: what ranks and segments rely on ---
