@@ -2,10 +2,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/train_cpu.py [nemotron_h mamba2 llama] [512 2048]
 
-A step is forward, loss, backward, clip, fused AdamW. Steps of the two alternate; the figure is the median of process CPU
-seconds, which does not count waiting. The peer runs at its fastest chunk size of CHUNKS, found first: the chunk does not
-change the function. ``bound`` is the ratio that would remain if our own ops (scan, convolution) cost nothing at all: the
-rest is GEMMs, which are the same library on both sides. Writes benchmarks/results/train_cpu.json.
+A step is forward, loss, backward, clip, fused AdamW. Steps of the two alternate; the figure is the median of process
+CPU seconds, which does not count waiting. The peer runs at its fastest chunk size of CHUNKS, found first: the chunk
+does not change the function. ``bound`` is the ratio that would remain if our own ops (scan, convolution) cost nothing:
+the rest is mostly GEMMs, the same library on both sides. Writes benchmarks/results/train_cpu.json.
 """
 
 from __future__ import annotations
@@ -191,7 +191,9 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "hardware": describe(torch.device("cpu")),
         "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
         },
         "kernels": chosen(),
         "threads": 1,

@@ -1,4 +1,4 @@
-"""The demo: a corpus from the Python installation, a small hybrid on two processes, stopped, resumed, judged, exported."""
+"""The demo: text from the Python installation, a small hybrid on two processes, stopped, resumed, judged, exported."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def main() -> int:
             _corpus()
         for folder in (RUN, STRAIGHT):
             shutil.rmtree(folder, ignore_errors=True)
-        with _timed(seconds, "training", "Training on two processes: each has half of every row and half of the experts"):
+        with _timed(seconds, "training", "Training on two processes: each has half of every row and of the experts"):
             stopped_at = _train(RUN, stop_after=STOP_AFTER)
             print(f"\nStopped on purpose after step {stopped_at}, with a checkpoint. Resuming.\n", flush=True)
             _train(RUN)
-        with _timed(seconds, "resume_proof", f"{STRAIGHT_STEPS} steps of the same run without a stop, to compare every bit"):
+        with _timed(seconds, "resume_proof", f"{STRAIGHT_STEPS} steps of that run without a stop, to compare the bits"):
             _train(STRAIGHT, stop_after=STRAIGHT_STEPS)
         with _timed(seconds, "evaluation", "Judging it"):
             bars = baselines(load(["recipe=demo"]).recipe.data)
@@ -96,7 +96,7 @@ def _train(folder: Path, stop_after: int | None = None) -> int:
                 process.terminate()
                 process.wait()
     exits = folder / "exits.jsonl"
-    verdict = {"code": None, "step": 0}
+    verdict: dict[str, Any] = {"code": None, "step": 0}
     if exits.exists():
         verdict = json.loads(exits.read_text(encoding="utf-8").splitlines()[-1])
     if verdict["code"] not in (0, EXIT_STOPPED):

@@ -18,7 +18,7 @@ from lmtrain.trained import RECIPE, load_model
 USAGE = """\
 Export a trained model to Hugging Face transformers, and prove that it is the same model.
 
-    python launch/export.py RUN [out=RUN/export] [step=N] [dtype=float32|bfloat16] [overwrite=false]
+    python launch/export.py RUN [out=RUN/export] [step=N] [dtype=float32|bfloat16] [overwrite=false] [prompt=TEXT]
 
 RUN is the folder of a run, whose newest checkpoint that verifies is taken, or one checkpoint. The class is chosen by
 the recipe: it must be able to say every setting, or the reasons are told. Nothing is left behind unless transformers
@@ -27,8 +27,9 @@ alone, in a process without lmtrain, computes the same logits.
   out=        folder to make (default RUN/export)
   step=       take this run's checkpoint of that step
   dtype=      of the weights on disk; decays, steps and routers stay float32 (default float32)
-  overwrite=  true: replace an export that is there (default false)"""
-KEYS = ("out", "step", "dtype", "overwrite")
+  overwrite=  true: replace an export that is there (default false)
+  prompt=     text that transformers alone shall continue"""
+KEYS = ("out", "step", "dtype", "overwrite", "prompt")
 
 
 def export(
@@ -80,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
             step=_whole(given["step"]) if "step" in given else None,
             dtype=given.get("dtype", "float32"),
             overwrite=_flag(given.get("overwrite", "false")),
+            prompts=[given["prompt"]] if "prompt" in given else [],
         )
     except LmtrainError as error:
         print(f"export: {error}", file=sys.stderr)
@@ -102,6 +104,7 @@ def report(result: ExportResult, seconds: float) -> str:
     lines.append(f"  {NO_CACHE if cached is None else 'greedy generation with the cache equals that without'}")
     if result.rounding_logit_diff:
         lines.append(f"  rounding to bfloat16 changed the logits by up to {result.rounding_logit_diff:.1e}")
+    lines += [f"  transformers alone continues: {text!r}" for text in result.texts]
     return "\n".join([*lines, "", *(f"    {line}" for line in loading(result.path).splitlines())])
 
 

@@ -8,6 +8,7 @@ code, nor packing, nor the evaluation is taken on trust.
 
 from __future__ import annotations
 
+import itertools
 import json
 import lzma
 import math
@@ -26,17 +27,19 @@ from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.train.metrics import read_metrics
 
 RUN, STRAIGHT = Path("runs/demo"), Path("runs/demo-straight")
-KEYS = """heldout_bpb_start heldout_bpb_end token_unigram_bpb token_bigram_bpb xz_alone_bpb loss_by_position_gain
-resume_bitwise_equal export_class export_max_logit_diff cached_equals_uncached tokens_per_second wall_seconds""".split()
+KEYS = (
+    "heldout_bpb_start heldout_bpb_end token_unigram_bpb token_bigram_bpb xz_alone_bpb loss_by_position_gain "
+    "resume_bitwise_equal export_class export_max_logit_diff cached_equals_uncached tokens_per_second wall_seconds"
+)
 EARLY, LATE = 16, 128
 
 
 def pieces(tokens: np.ndarray, ids: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Inputs and labels of each stretch of one document within one window of ``length`` tokens; windows do not overlap."""
+    """Inputs and labels of each stretch of one document within one window of ``length`` tokens."""
     for start in range(0, len(tokens) - 1, length):
         row, own = tokens[start : start + length + 1], ids[start : start + length + 1]
         borders = [0, *(np.flatnonzero(np.diff(own)) + 1), len(row)]
-        for low, high in zip(borders, borders[1:], strict=False):
+        for low, high in itertools.pairwise(borders):
             end = min(high, length)
             if end > low and low + 1 < high:
                 labels = row[low + 1 : high][: end - low]
@@ -67,14 +70,16 @@ def main() -> int:
         if not holds:
             failures.append(claim)
 
-    missing = [key for key in KEYS if key not in summary]
-    hold("summary.json has every key", not missing, missing or len(KEYS))
+    missing = [key for key in KEYS.split() if key not in summary]
+    hold("summary.json has every key", not missing, missing or "all there")
 
     rows = {folder: read_metrics(folder / "metrics.jsonl") for folder in (RUN, STRAIGHT)}
     steps = {folder: {row["step"]: row for row in rows[folder] if row["kind"] == "step"} for folder in rows}
     both = sorted(steps[RUN].keys() & steps[STRAIGHT].keys())
     after = [step for step in both if steps[RUN][step]["attempt"] > 1 and steps[STRAIGHT][step]["attempt"] == 1]
-    same = all(steps[RUN][s][key] == steps[STRAIGHT][s][key] for s in both for key in ("loss", "grad_norm", "token_hash"))
+    same = all(
+        steps[RUN][s][key] == steps[STRAIGHT][s][key] for s in both for key in ("loss", "grad_norm", "token_hash")
+    )
     hold("resume_bitwise_equal", summary["resume_bitwise_equal"] is True and same and len(after) >= 10, len(after))
     scores = [row["heldout_bpb"] for row in rows[RUN] if row["kind"] == "eval"]
     told = (summary["heldout_bpb_start"], summary["heldout_bpb_end"])
@@ -84,7 +89,7 @@ def main() -> int:
     tokenizer = Tokenizer.load(recipe.data.tokenizer)
     transformers.logging.set_verbosity_error()
     model = transformers.AutoModelForCausalLM.from_pretrained(RUN / "export", dtype=torch.float32).eval()
-    bits, num_bytes, text, seen, held = 0.0, 0, b"", [], []
+    total_bits, num_bytes, text, seen, held = 0.0, 0, b"", [], []
     positions = np.zeros((2, 2))
     for source in open_sources(recipe.data, tokenizer):
         assert source.heldout is not None and source.manifest is not None
@@ -92,13 +97,13 @@ def main() -> int:
         tokens, ids = store.tokens(0, store.num_tokens), store.document_ids(0, store.num_tokens)
         nats, _, table = score(model, pieces(tokens, ids, recipe.data.seq_len))
         documents = int((np.diff(store.document_starts) > 0).sum())
-        bits += nats / math.log(2) + documents * math.log2(tokenizer.vocab_size)
+        total_bits += nats / math.log(2) + documents * math.log2(tokenizer.vocab_size)
         num_bytes += sum(source.manifest.heldout.bytes)
         positions += table
         text += tokenizer.decode(tokens[tokens != tokenizer.eod_id]).encode()
         seen.append(source.train.tokens(0, source.train.num_tokens))
         held.append(tokens)
-    bpb = bits / num_bytes
+    bpb = total_bits / num_bytes
     hold("heldout_bpb_end, recomputed from the export", abs(bpb / summary["heldout_bpb_end"] - 1) < 1e-4, bpb)
     hold("the held-out text has the bytes the manifests say", len(text) == num_bytes, num_bytes)
     counts = np.bincount(np.concatenate(seen), minlength=tokenizer.vocab_size) + 1.0
@@ -117,11 +122,14 @@ def main() -> int:
     hold("export_class", summary["export_class"] == type(model).__name__, type(model).__name__)
     prompt = torch.tensor([tokenizer.encode_batch(["import os\n\n\ndef "])[0].tolist()])
     generated = [
-        model.generate(prompt, max_new_tokens=48, do_sample=False, use_cache=cache)[0].tolist() for cache in (True, False)
+        model.generate(prompt, max_new_tokens=48, do_sample=False, use_cache=cache)[0].tolist()
+        for cache in (True, False)
     ]
     equal = generated[0] == generated[1]
     hold("cached_equals_uncached", equal and summary["cached_equals_uncached"] is True, len(generated[0]))
-    hold("the report is one file that opens offline", "<html" in (RUN / "report.html").read_text("utf-8")[:2000], "html")
+    hold(
+        "the report is one file that opens offline", "<html" in (RUN / "report.html").read_text("utf-8")[:2000], "html"
+    )
     print(f"{len(failures)} of the demo's claims fail" if failures else "every claim of the demo holds")
     return 1 if failures else 0
 

@@ -178,7 +178,12 @@ def _training_text(cfg: PrepareConfig, selections: Mapping[str, Selection]) -> I
 
 
 def _write_source(
-    cfg: PrepareConfig, name: str, work: Path, inputs: str, selection: Selection, tokenizer: Tokenizer,
+    cfg: PrepareConfig,
+    name: str,
+    work: Path,
+    inputs: str,
+    selection: Selection,
+    tokenizer: Tokenizer,
     encoder: Encoder,
 ) -> Manifest:
     """Tokenize one source into ``work/name``, complete with its manifest."""

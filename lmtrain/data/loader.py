@@ -58,8 +58,16 @@ class Loader:
     """
 
     def __init__(
-        self, cfg: DataConfig, *, seed: int, batch_tokens: int, microbatch: int, dp_rank: int, dp_size: int,
-        log: ScheduleLog, workers: int = 0,
+        self,
+        cfg: DataConfig,
+        *,
+        seed: int,
+        batch_tokens: int,
+        microbatch: int,
+        dp_rank: int,
+        dp_size: int,
+        log: ScheduleLog,
+        workers: int = 0,
     ) -> None:
         self.cfg = cfg
         self.workers = workers
@@ -82,8 +90,16 @@ class Loader:
                 )
         self.sampler = Sampler(seed, log, windows)
         self._reader = _Reader(
-            list(stores.values()), self.sampler, self.block_tokens, cfg.seq_len, self.vocab_size,
-            self.blocks_per_step, blocks, dp_rank, dp_size, len(log.events),
+            list(stores.values()),
+            self.sampler,
+            self.block_tokens,
+            cfg.seq_len,
+            self.vocab_size,
+            self.blocks_per_step,
+            blocks,
+            dp_rank,
+            dp_size,
+            len(log.events),
         )
 
     def check(self, stop: int) -> None:
@@ -135,9 +151,7 @@ class _Rows(NamedTuple):
         width = self.tokens.shape[2] - 1
         parts = (torch.from_numpy(part) for part in (self.tokens, self.ids, self.source, self.block))
         micro_batches = [
-            make_batch(
-                tokens, ids, source=source[:, None].expand(-1, width), block=block, log_length=self.log_length
-            )
+            make_batch(tokens, ids, source=source[:, None].expand(-1, width), block=block, log_length=self.log_length)
             for tokens, ids, source, block in zip(*parts, strict=True)
         ]
         return StepData(self.step, micro_batches, torch.from_numpy(self.hashes))

@@ -39,9 +39,7 @@ class Selection:
     train_bytes: int = 0
 
 
-def select(
-    sources: Mapping[str, SourceOptions], share: float
-) -> tuple[dict[str, Selection], NDArray[np.uint64]]:
+def select(sources: Mapping[str, SourceOptions], share: float) -> tuple[dict[str, Selection], NDArray[np.uint64]]:
     """Decide on every document of every source, and the sorted set of shingles of the held-out text.
 
     Of documents equal after normalisation the first stays, over all sources. Memory: about 80 B per document.

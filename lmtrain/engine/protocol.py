@@ -18,8 +18,8 @@ class StepInfo:
 
     loss_sum: nats over all targets of the step. flags: the flags of all ranks, summed. grad_norm: global, before
     clipping (None if nothing was computed). skipped: why the step was not taken. source_loss: fp64 ``[S, 2]``, nats and
-    targets per source id. branch_loss: what branches added to the loss, per target. router_load: int64 ``[E]``, choices of
-    each expert, by place. seconds: wall time on this rank.
+    targets per source id. branch_loss: what branches added to the loss, per target. router_load: int64 ``[E]``, how
+    often each expert was chosen, by place. seconds: wall time on this rank.
     """
 
     loss_sum: float

@@ -46,9 +46,9 @@ def card(cls: HubClass, cfg: ModelConfig, facts: dict[str, Any]) -> str:
         f"- Blocks: `{' '.join(cfg.order())}` ({', '.join(kinds)}), width {cfg.d_model}. "
         "`recipe.yaml` holds every setting of the training run.",
         f"- Data, with weights: {sources or 'not recorded'}.",
-        f"- Tokenizer: {facts['tokenizer']['vocab_size']:,} tokens; documents end with "
-        f"`{facts['tokenizer']['eod']}`, nothing is put before them. In training, text that spells this "
-        "token stayed text; here it becomes the token.",
+        f"- Tokenizer: {facts['tokenizer']['vocab_size']:,} tokens (the embedding has {facts['vocab_size']:,} rows); "
+        f"documents end with `{facts['tokenizer']['eod']}`, nothing is put before them. In training, text that spells "
+        "this token stayed text; here it becomes the token.",
         f"- Proof: logits of lmtrain and of transformers {facts['transformers']}, loaded in a process without lmtrain, "
         f"in fp32, differ by at most {parity['max_logit_diff']:.1e} (standard deviation {parity['logit_std']:.3g}); "
         f"with every parameter perturbed, by {parity['perturbed_max_logit_diff']:.1e} "
@@ -59,4 +59,4 @@ def card(cls: HubClass, cfg: ModelConfig, facts: dict[str, Any]) -> str:
         drift = facts["rounding_logit_diff"]
         lines.append(f"- Rounding the weights to bfloat16 changed the logits by up to {drift:.1e}.")
     lines.append("- A base model: not tuned to follow instructions, and not evaluated for safety.")
-    return "\n\n".join(lines) + "\n"
+    return "\n".join(line if line.startswith("- ") else f"{line}\n" for line in lines) + "\n"

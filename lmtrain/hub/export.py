@@ -88,6 +88,8 @@ def export_model(
     if dtype not in DTYPES:
         raise UsageError(f"dtype: expected float32 or bfloat16, got {dtype}")
     tokenizer_files(tokenizer, origin.seq_len)  # refused before anything is written
+    if not all(ids.size for ids in tokenizer.encode_batch(prompts)):
+        raise UsageError("prompt: expected some text to continue")
     _refuse_taken(out, overwrite)
     work = out.absolute().with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -144,7 +146,7 @@ def _export(
         rounding_logit_diff=float((real.logits - exact).abs().max()),
         texts=loaded[0].texts,
     )
-    _describe(work / "export", cls, model, tokenizer, origin, dtype, files, result, loaded)
+    _describe(work / "export", cls, model, tokenizer, origin, dtype, files, result, loaded, tokens.shape)
     _publish(work, out)
     return result
 
@@ -193,6 +195,7 @@ def _describe(
     files: dict[str, FileRecord],
     result: ExportResult,
     loaded: Sequence[Loaded],
+    probe: Sequence[int],  # rows and columns of the tokens
 ) -> None:
     facts: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -202,6 +205,7 @@ def _describe(
         "step": origin.step,
         "tokens": origin.tokens,
         "seq_len": origin.seq_len,
+        "vocab_size": model.vocab_size,
         "num_params": model.cfg.num_params(model.vocab_size),
         "num_active_params": model.cfg.num_params(model.vocab_size, active=True),
         "sources": origin.sources,
@@ -211,6 +215,7 @@ def _describe(
         "parity": {
             "max_logit_diff": result.max_logit_diff,
             "logit_std": result.logit_std,
+            "probe": list(probe),
             "compared_share": loaded[0].compared,
             "perturbed_max_logit_diff": result.perturbed_max_logit_diff,
             "perturbed_logit_std": result.perturbed_logit_std,
@@ -219,6 +224,7 @@ def _describe(
             "cached_max_logit_diff": loaded[0].cached_diff,
         },
         "rounding_logit_diff": result.rounding_logit_diff,
+        "texts": result.texts,
     }
     files["README.md"] = write_text(folder / "README.md", card(cls, model.cfg, facts))
     files["recipe.yaml"] = write_text(folder / "recipe.yaml", origin.recipe)

@@ -25,8 +25,8 @@ class ParamInfo:
     """All that optimizers, sharding, scaling rules and export need to know about one parameter.
 
     role: matrix, embedding, head, norm, bias, conv, decay or scalar. decay: weight decay applies. fp32: stays fp32 in
-    mixed precision. fan_in, fan_out: for width-scaled learning rates. tp_dim, tp_units: the dim tensor parallelism would
-    cut and the indivisible units (heads) along it. expert_dim: the dim that enumerates experts.
+    mixed precision. fan_in, fan_out: for width-scaled learning rates. tp_dim, tp_units: the dim that tensor parallelism
+    would cut and the indivisible units (heads) along it. expert_dim: the dim that enumerates experts.
     """
 
     role: Literal["matrix", "embedding", "head", "norm", "bias", "conv", "decay", "scalar"]
@@ -69,7 +69,7 @@ class Branch(nn.Module):
     """A residual branch: ``x + branch(norm(x))``; norm and residual belong to the block.
 
     Subclasses import torch alone, know nothing of ranks, and keep neither state nor streams on themselves. The last
-    projection has no bias, since its output may be a partial sum. Head counts are read from shapes, never from settings.
+    projection has no bias, since its output may be a partial sum. Head counts are read from shapes, not from settings.
     Buffers start at 0 and are carried in checkpoints.
     """
 

@@ -24,9 +24,9 @@ Restore = Callable[[Tensor], Tensor]
 class Context(Protocol):
     """One per micro-batch, handed to every branch; a plain class, since FSDP2 rebuilds dataclasses, tuples and dicts.
 
-    ``positions`` int32 ``[B, T]`` restart per document. ``carries``: whether a state must come back. ``tokens``: the
-    step's global target count (0-dim); ``loss_scale``: the factor by which the engine multiplies the loss. ``notes`` and
-    ``losses``: what branches told, by key.
+    ``positions`` int32 ``[B, T]`` restart per document. ``carries``: whether a state must come back.
+    ``tokens``: the step's global target count (0-dim); ``loss_scale``: the factor by which the engine multiplies the
+    loss. ``notes`` and ``losses``: what branches told, by key.
     """
 
     docs: Documents
@@ -42,8 +42,8 @@ class Context(Protocol):
         """y of this shard, and the state after the row's last column (equal on all ranks of the row)."""
 
     def halo(self, x: Tensor, width: int, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The ``width`` columns left of x ``[B, width, C]`` (the row's tail of the segment before, or zeros, at the row's
-        start), and the row's last ``width`` columns. Visibility is the reader's to mask (``Documents``)."""
+        """The ``width`` columns left of x ``[B, width, C]`` (at the row's start the tail of the segment before, or
+        zeros), and the row's last ``width`` columns. Visibility is the reader's to mask (``Documents``)."""
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None
@@ -52,8 +52,8 @@ class Context(Protocol):
         o ``[B, T, Hq, V]`` and the cache to carry (None if nothing is carried)."""
 
     def dispatch(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Restore]:
-        """Rows ``[N, D]`` to their experts int64 ``[N, k]``: the rows of this rank's experts sorted by expert ``[M, D]``,
-        int32 cumulative counts ``[E of this rank]``, and what brings results ``[M, D]`` back as ``[N, k, D]``."""
+        """Rows ``[N, D]`` to their experts int64 ``[N, k]``: the rows for this rank's experts, sorted by expert
+        ``[M, D]``, int32 cumulative counts ``[E of this rank]``, and what brings ``[M, D]`` back as ``[N, k, D]``."""
 
     def all_sum(self, counts: Tensor, over: Literal["row"]) -> Tensor:
         """int64 counts ``[B, ...]`` summed over the ranks that share each row; no gradient."""

@@ -18,7 +18,7 @@ MakeContext = Callable[..., Context]
 def prefill(
     model: nn.Module, tokens: Tensor, lengths: Tensor, make: MakeContext = LocalContext
 ) -> tuple[Tensor, State]:
-    """Prompts padded on the LEFT (right padding would leave the padding's state): tokens int ``[B, T]``, lengths ``[B]``.
+    """Prompts padded on the LEFT (right padding would leave its own state): tokens int ``[B, T]``, lengths ``[B]``.
 
     Returns logits ``[B, T, V]`` and the state to decode from. Padding is document 0, the prompt document 1.
     """

@@ -54,8 +54,8 @@ class Mesh:
     """A resolved mesh and this rank's place in it.
 
     shard: the mesh parameters are sharded over: ``(fsdp,)``, or ``(dp_replicate, fsdp)`` where replicas exist; fsdp is
-        dp_shard x sp, since sp ranks hold different tokens. expert_shard, expert_axis: the same ranks re-cut, ``(efsdp,)``
-        or ``(dp_replicate, efsdp)`` beside ``(ep,)``. sequence: the process group of this rank's row.
+        dp_shard x sp, since sp ranks hold different tokens. expert_shard, expert_axis: the same ranks re-cut,
+        ``(efsdp,)`` or ``(dp_replicate, efsdp)`` beside ``(ep,)``. sequence: the process group of this rank's row.
     """
 
     cfg: MeshConfig

@@ -33,6 +33,7 @@ VERDICTS = {
 """Exit codes of a worker (docs/formats.md) in words, and how good that is."""
 HOW_EVALUATED = ("settings", "versions", "kernels")
 """Keys of evaluation.json that hold no result."""
+HOW = "How it was evaluated"
 UNTOLD = ("no exit recorded: still running, or killed", "fair")
 
 
@@ -71,6 +72,7 @@ def render_page(record: Record) -> str:
         health=figures.health(record),
         experts=experts(record),
         evaluation=_evaluation(record.evaluation),
+        summary=tables(record.summary or {}),
         samples=_samples(record),
         maps=maps,
         no_maps=redact(no_maps),
@@ -176,7 +178,7 @@ def _tiles(record: Record) -> list[tuple[str, str, str]]:
 
 
 def _evaluation(content: Row | None) -> list[Table]:
-    """A table per task, whatever the tasks are, and one of how they were run."""
+    """A table per task, whatever the tasks are; the last one says how they were run."""
     results: dict[str, Any] = {}
     facts: dict[str, Any] = {}
     for key, value in (content or {}).items():
@@ -187,7 +189,7 @@ def _evaluation(content: Row | None) -> list[Table]:
         else:
             facts[key] = value
     made = [table for name, metrics in results.items() for table in tables(metrics, str(name))]
-    return made + tables(facts, "How it was evaluated")
+    return [*made, Table(HOW, [row for table in tables(facts) for row in table.rows])] if content else []
 
 
 def _samples(record: Record) -> list[Row]:

@@ -17,7 +17,7 @@ from lmtrain.report.figures import Figure
 from lmtrain.report.record import Record
 from lmtrain.trained import Trained, load_model
 
-TOKENS_PER_DOCUMENT = 22
+TOKENS_PER_DOCUMENT = 24
 MOST_PARAMS = 2_000_000_000
 """A larger model is not loaded into this machine's memory for two pictures."""
 MOST_HEADS, HEADS_IN_ROW = 8, 4

@@ -68,7 +68,7 @@ def value_text(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, float):
-        return significant(value)
+        return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
     return ", ".join(map(value_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -99,7 +99,8 @@ def _collect(content: Mapping[str, Any], prefix: str, title: str, rows: list[lis
             cells = [[value_text(item.get(column)) for column in columns] for item in value]
             apart.append(Table(f"{title}: {name}" if title else name, cells, columns))
         elif name != "format_version":
-            rows.append([name, "none" if isinstance(value, Mapping) else value_text(value)])
+            when = key == "time_unix" and isinstance(value, int | float)
+            rows.append([name, moment(value) if when else "none" if value == {} else value_text(value)])
 
 
 def cleaned(value: Any) -> Any:

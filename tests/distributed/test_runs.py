@@ -272,7 +272,7 @@ def test_other_kernels_at_a_resume_are_said(
     small_recipe: Path, straight: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
     run_dir = copy_until(straight, tmp_path / "run", 8)
-    monkeypatch.setattr("lmtrain.pretrain.chosen", lambda *_: {"causal_conv1d": "faster"})
+    monkeypatch.setattr("lmtrain.pretrain.command.chosen", lambda *_: {"causal_conv1d": "faster"})
     outcome = train(words(small_recipe, run_dir))
     said = r"kernels were {.*'causal_conv1d': 'reference'.*}, now {'causal_conv1d': 'faster'}: bits may differ"
     assert outcome.code == EXIT_DONE and re.search(said, plain(outcome.out)), outcome.out

@@ -96,8 +96,9 @@ def test_a_relative_tokenizer_is_found_from_where_the_run_began(run: Path) -> No
 
 
 def test_the_command_makes_a_proven_export_once(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verb(str(run)) == 0
+    assert verb(str(run), "prompt=a b=c") == 0
     told = capsys.readouterr().out
+    assert "transformers alone continues: 'a b=c" in told
     out = run / "export"
     assert f"{out}: NemotronHForCausalLM of transformers, step 3" in told
     assert "largest difference of a logit: " in told and "generation with the cache equals that without" in told
@@ -108,6 +109,7 @@ def test_the_command_makes_a_proven_export_once(run: Path, capsys: pytest.Captur
     assert facts["parity"]["max_logit_diff"] < 1e-4 * facts["parity"]["logit_std"]
     assert facts["parity"]["perturbed_max_logit_diff"] < 1e-4 * facts["parity"]["perturbed_logit_std"]
     assert (facts["step"], facts["class"], facts["dtype"]) == (3, "NemotronHForCausalLM", "float32")
+    assert facts["texts"][0].startswith("a b=c") and facts["parity"]["probe"] == [2, 133]
     assert facts["sources"] == {"prose": 0.7, "lists": 0.3}
     for name, entry in facts["files"].items():
         content = (out / name).read_bytes()
@@ -159,6 +161,7 @@ def test_refusals_come_before_any_work(
     assert verb(str(run), "step=2.5") == 64
     assert verb(str(run), "overwrite=yes") == 64
     assert verb(str(run), "more") == 64
+    assert verb(str(run), "prompt=") == 64
     assert verb(str(tmp_path / "nothing")) == 65
     capsys.readouterr()
     assert verb() == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.errors import DataError
+from lmtrain.hub import verify
 from lmtrain.hub.export import make_check, round_weights
 from lmtrain.hub.folder import write_folder
 from lmtrain.hub.llama import ATTENTION, Llama
@@ -23,6 +26,7 @@ from lmtrain.model.context import LocalContext
 from lmtrain.ops.documents import Documents
 from tests.hub.models import MODELS, build, config, random_tokens, tokenizer
 
+SCRIPT = Path(verify.__file__).with_name("verify_export.py")
 BF16 = ("Llama", "NemotronH moe")
 
 
@@ -142,6 +146,15 @@ def test_wrong_tables_and_configs_are_caught(folder: Path) -> None:
     assert any(one.startswith("unexpected keys: model.layers.0.self_attn.query.weight") for one in misnamed)
     assert "config.json: keys the class does not have: hiden_size" in extra
     assert any(one.startswith("logits differ by ") for one in extra)  # another rotary base
+
+
+def test_the_script_lets_nothing_of_lmtrain_in(tmp_path: Path) -> None:
+    lines = (
+        "import sys, runpy; m = runpy.run_path(sys.argv[1]); sys.meta_path.insert(0, m['Blocker']()); import lmtrain"
+    )
+    command = [sys.executable, "-P", "-c", lines, str(SCRIPT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.strip().endswith("ModuleNotFoundError: lmtrain is blocked here")
 
 
 def test_rows_are_compared_up_to_a_near_tie_of_the_router() -> None:

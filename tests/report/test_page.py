@@ -71,7 +71,7 @@ def test_the_page_tells_the_run(run_dir: Path) -> None:
         "control/stop",
         "Skipped or not finite: step 5 (gradient norm is nan).",
         "completion",
-        "0.412",
+        "0.4125",
         "6.25",
         "NemotronHForCausalLM",
         "Left out: this run has no checkpoint.",

@@ -1,4 +1,4 @@
-"""Feed-forward branch: SwiGLU ``W_down(silu(W_gate x) * W_up x)``, or ``W_down f(W_up x)`` with GELU or squared ReLU."""
+"""Feed-forward: SwiGLU ``W_down(silu(W_gate x) * W_up x)``, or ``W_down f(W_up x)`` with GELU or squared ReLU."""
 
 from __future__ import annotations
 

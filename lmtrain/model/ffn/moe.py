@@ -1,11 +1,11 @@
 """Mixture of experts, dropless: each token's ``top_k`` experts of ``num_experts``, plus shared experts for all.
 
-    s = softmax(W_r x) or sigmoid(W_r x), in fp32      chosen = top_k(s, or s + bias)      w = s[chosen] (/ their sum) * scale
+    s = softmax(W_r x) or sigmoid(W_r x), in fp32   chosen = top_k(s, or s + bias)   w = s[chosen] (/ their sum) * scale
     y = sum_chosen w_e expert_e(x) + shared(x)          expert(x) = W_down f(W_up x), or gated as in SwiGLU
 
-Balance: ``aux`` is Switch's loss per row (arXiv 2101.03961, eq. 4-6, on one sequence), which no mesh and no accumulation
-changes; ``bias`` adds to the scores, for the choice alone, a bias moved against the load once per optimizer step (arXiv
-2408.15664).
+Balance: ``aux`` is Switch's loss per row (arXiv 2101.03961, eq. 4-6, on one sequence), which no mesh and no
+accumulation changes; ``bias`` adds to the scores, for the choice alone, a bias moved against the load once per
+optimizer step (arXiv 2408.15664).
 """
 
 from __future__ import annotations
