@@ -13,9 +13,10 @@ ARGS ?=
 ENVIRONMENT := $(VENV)/.environment
 PACKAGES := $(VENV)/.packages
 LIBRARY := $(VENV)/.library
+MODULES := $(VENV)/.modules
 CSRC := $(shell find csrc -type f)
 
-.PHONY: help install demo test test-distributed test-all lint bench clean
+.PHONY: FORCE help install demo test test-distributed test-all lint bench clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -36,7 +37,13 @@ $(PACKAGES): pyproject.toml constraints.txt | $(ENVIRONMENT)
 	@$(BIN)/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); print(*p["build-system"]["requires"], "cmake", "ninja", *p["project"]["dependencies"], *p["project"]["optional-dependencies"]["dev"], sep="\n")' > $(VENV)/requirements.txt
 	@$(PIP) install --no-compile -c constraints.txt -r $(VENV)/requirements.txt && touch $@ && echo "packages: $$SECONDS s"
 
-$(LIBRARY): $(PACKAGES) $(CSRC)
+# an editable install keeps a table of modules: it must be made anew when files come or go
+$(MODULES): FORCE | $(ENVIRONMENT)
+	@find lmtrain launch eval recipes -name '*.py' -o -name '*.yaml' | sort > $@.new; cmp -s $@.new $@ && rm $@.new || mv $@.new $@
+
+FORCE:
+
+$(LIBRARY): $(PACKAGES) $(CSRC) $(MODULES)
 	@echo "building csrc"
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(PIP) install --no-deps --no-build-isolation -e . && touch $@ && echo "csrc: $$SECONDS s"
 

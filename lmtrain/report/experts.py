@@ -54,7 +54,7 @@ def _load_map(place: int, name: str, load: np.ndarray[Any, Any], tokens: Sequenc
     plot = (width - LEFT - RIGHT, height - TOP - 52)
     drawn = [heat_map([(share, "over"), (-share, "under")], key=f"load-{place}", size=plot)]
     count = load.shape[1]
-    for expert in sorted({0, count // 4, count // 2, 3 * count // 4, count - 1}):
+    for expert in range(count) if count <= 8 else sorted({0, count // 4, count // 2, 3 * count // 4, count - 1}):
         at = TOP + plot[1] * (expert + 0.5) / count + 4
         drawn.append(Markup('<text class="tick end" x="{}" y="{:.1f}">{}</text>').format(LEFT - 7, at, expert))
     axis = Axis(0, tokens[-1], LEFT, width - RIGHT)

@@ -12,10 +12,10 @@ from lmtrain.train.environment import redact
 
 
 def quantity(value: float) -> str:
-    """``512``, ``51.2 thousand``, ``1.02 million``: three significant digits."""
-    for limit, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"), (1e5, " thousand")):
+    """``742,213``, ``1.02 million``, ``20.5 billion``: below a million exact, above it three digits."""
+    for limit, word in ((1e12, " trillion"), (1e9, " billion"), (1e6, " million")):
         if abs(value) >= 0.9995 * limit:
-            return f"{significant(value / (1e3 if limit == 1e5 else limit))}{word}"
+            return f"{significant(value / limit)}{word}"
     return f"{value:,.0f}"
 
 
