@@ -69,7 +69,7 @@ def _corpus() -> None:
         write_python_corpus(TEXT)
     sources = {name: SourceOptions(path=f"{TEXT / name}.jsonl") for name in SOURCES}
     manifests, _ = prepare(
-        PrepareConfig(out=str(DATA), tokenizer="train:2048", sources=sources, heldout=0.015, workers=2)
+        PrepareConfig(out=str(DATA), tokenizer="train:2048", sources=sources, heldout=0.02, workers=2)
     )
     for name, manifest in manifests.items():
         train, heldout = manifest.file("train.bin"), manifest.file("heldout.bin")

@@ -10,6 +10,7 @@ import ast
 import json
 import logging
 import os
+import re
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from lmtrain.errors import DataError
 
 MAX_BYTES = 200_000
 """Larger files are generated tables."""
+GENERATED = re.compile(rb"\bgenerated\b", re.IGNORECASE)
+"""What a file that a program wrote says of itself in its first lines: codec tables, build settings."""
 MIN_DOCSTRING = 64
 SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -56,7 +59,7 @@ def _files(root: Path, suffix: str) -> Iterator[tuple[str, str]]:
         found += [Path(folder) / name for name in files if name.endswith(suffix)]
     for path in sorted(found, key=lambda path: path.relative_to(root).as_posix()):
         data = path.read_bytes()
-        if not 0 < len(data) <= MAX_BYTES:
+        if not 0 < len(data) <= MAX_BYTES or GENERATED.search(data[:300]):
             continue
         try:
             yield path.relative_to(root).as_posix(), data.decode("utf-8")
