@@ -112,6 +112,7 @@ def words(result: dict[str, Any]) -> list[str]:
             f"{mmlu['folder']}, {mmlu['num_fewshot']}-shot, {mmlu['format']}: accuracy {mmlu['acc_micro']:.3f} "
             f"+- {mmlu['acc_micro_stderr']:.3f} over {mmlu['questions']} questions, mean of subjects "
             f"{mmlu['acc_macro']:.3f}; chance is {mmlu['chance']}"
+            + (f"; by length of the options {mmlu['acc_norm_micro']:.3f}" if "acc_norm_micro" in mmlu else "")
         )
         lines += [
             f"  {name:<30} {line['acc']:.3f} +- {line['acc_stderr']:.3f}  ({line['questions']} questions)"

@@ -145,7 +145,10 @@ def _evaluate_export(where: Path, cfg: EvaluateConfig) -> dict[str, Any]:
             "or evaluate the run it was made from"
         )
     from lm_eval.models.huggingface import HFLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it advises kernels for GPUs
     device = resolve_device(cfg.device)
     try:
         lm: Any = HFLM(

@@ -58,7 +58,15 @@ else:
 
 @pytest.mark.parametrize("room", ROOMS_OF_TORCH_ALONE)
 def test_imports_with_torch_alone(room: str) -> None:
-    done = subprocess.run([sys.executable, "-c", f"{FORBID}\nimport {room}"], capture_output=True, text=True)
+    every_module = f"""
+import importlib, pkgutil, {room} as room
+found = [module.name for module in pkgutil.walk_packages(room.__path__, "{room}.")]
+for name in found:
+    if not name.endswith("__main__"):
+        importlib.import_module(name)
+assert len(found) > 5, found
+"""
+    done = subprocess.run([sys.executable, "-c", FORBID + every_module], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

@@ -63,12 +63,15 @@ STARTS = ((5, 16, 20), (8, 15, 27), (3, 17, 30), (4, 5, 6, 15, 16, 17, 18, 24))
 PADDED = 5  # columns of padding at the end of row 1: ragged label counts
 
 
+PLAIN = ClusterConfig()
+
+
 @dataclass(frozen=True)
 class Case:
     """One run: where, how, and what is left out of it (a key of ``LEFT_OUT``)."""
 
-    mesh: MeshConfig = MeshConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    mesh: MeshConfig
+    cluster: ClusterConfig = PLAIN
     accumulation: int = 1
     steps: int = STEPS
     dtype: torch.dtype = torch.float64
@@ -250,7 +253,7 @@ FULL = ClusterConfig(activation_checkpointing=True)
 ROOT = ClusterConfig(fsdp_units="root")
 
 
-def _sp_attention(method: Literal["heads", "gather"], cluster: ClusterConfig = ClusterConfig()) -> ClusterConfig:
+def _sp_attention(method: Literal["heads", "gather"], cluster: ClusterConfig = PLAIN) -> ClusterConfig:
     return replace(cluster, sp_attention=method)
 
 

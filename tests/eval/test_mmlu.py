@@ -124,6 +124,28 @@ def test_the_prompt_is_that_of_lm_eval(folder: Path) -> None:
         assert all(ours[key] == theirs[key] for key in ("doc_to_text", "doc_to_choice", "doc_to_target", "output_type"))
 
 
+class Cloze(Rigged):
+    """Answers right by the option's text; keeps what it was asked."""
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        self.asked = [request.args for request in requests]
+        return [(0.0 if continuation == " 1992-01-01" else -1.0, False) for _, continuation in self.asked]
+
+
+def test_options_are_scored_as_text(folder: Path) -> None:
+    lm = Cloze(folder, lambda name, index: True)
+    result = mmlu.score(lm, folder, num_fewshot=1, form="continuation")
+    plain = read_folder(folder, "test")["plain"]
+    expected = sum(q.choices[q.answer] == "1992-01-01" for q in plain) / len(plain)
+    assert result["subjects"]["plain"]["acc"] == result["subjects"]["plain"]["acc_norm"] == expected > 0
+    test, dev = read_folder(folder, "test")["odd_things"], read_folder(folder, "dev")["odd_things"][0]
+    head = "The following are questions (with answers) about odd things.\n\n"
+    shot = f"Question: {dev.question.strip()}\nAnswer: {dev.choices[dev.answer]}\n\n"
+    for q in test:
+        for choice in q.choices:
+            assert (f"{head}{shot}Question: {q.question.strip()}\nAnswer:", f" {choice}") in lm.asked
+
+
 def _block(q: Question) -> str:
     return q.question.strip() + "".join(f"\n{a}. {c}" for a, c in zip(LETTERS, q.choices, strict=True)) + "\nAnswer:"
 

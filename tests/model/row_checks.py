@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-import lmtrain.model.ffn
 import lmtrain.model.mixers  # noqa: F401  (registers the branches)
 from lmtrain.model.branch import ParamInfo, State, branch_class
 from lmtrain.model.config import ModelConfig
@@ -71,9 +71,9 @@ def between(docs: Documents, first: int, last: int) -> Documents:
     return Documents.from_ids(docs.ids[:, first:last], docs.positions()[:, first])
 
 
-def build(variant: str, vocab_size: int) -> LanguageModel:
-    """The variant in fp64, every parameter far from its initial value: at 0, 1 or nearly 0 some errors do not show."""
-    model = LanguageModel(ModelConfig(D_MODEL, BRANCHES, VARIANTS[variant]), vocab_size).double()
+def build(variant: str, vocab_size: int, dtype: torch.dtype = torch.float64) -> LanguageModel:
+    """The variant, every parameter far from its initial value: at 0, 1 or nearly 0 some errors do not show."""
+    model = LanguageModel(ModelConfig(D_MODEL, BRANCHES, VARIANTS[variant]), vocab_size).to(dtype)
     model.initialise(seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -92,7 +92,7 @@ def random(*shape: int, seed: int) -> Tensor:
 
 @dataclass
 class Row:
-    """Where the rows are: on this process (group None), or cut over the ranks of a group, softmax crossing by method."""
+    """Where the rows are: on this process (group None), or cut over the ranks of a group; method: of softmax."""
 
     group: dist.ProcessGroup | None = None
     method: str = "gather"
@@ -134,12 +134,18 @@ class Row:
         return values[:, index % width].sum() if mine else (values[:, 0] * 0).sum()
 
 
-def check_influence(row: Row, variant: str, docs: Documents, columns: Iterable[int] = range(LENGTH)) -> None:
+def check_influence(
+    row: Row,
+    variant: str,
+    docs: Documents,
+    columns: Iterable[int] = range(LENGTH),
+    dtype: torch.dtype = torch.float64,
+) -> None:
     """Column t depends on column j only if ``0 <= t - j <= positions[t]``: elsewhere the gradient is exactly 0.
 
     That is: no other document, nothing later. And it does depend on itself and, where it mixes, on the column before.
     """
-    model, tokens = build(variant, docs.ids.numel()), distinct_tokens(docs)
+    model, tokens = build(variant, docs.ids.numel(), dtype), distinct_tokens(docs)
     logits, _ = row.run(model, tokens, docs)
     scored = logits * row.cut(random(*docs.shape, logits.shape[-1], seed=2))
     positions = docs.positions()
@@ -179,7 +185,7 @@ def check_initial_state(row: Row, variant: str) -> None:
 
 
 def check_segments(row: Row, variant: str, docs: Documents, cuts: Sequence[int]) -> None:
-    """Segments with the state carried are one pass: logits, final state and every gradient, through the carried state."""
+    """Segments with the state carried are one pass: logits, final state, and every gradient, through the state."""
     model, tokens = build(variant, docs.ids.numel()), distinct_tokens(docs)
     _, before = row.run(model, tokens.flip(1), docs, carries=True)  # a state to start from
     before = tree_map(lambda leaf: leaf.detach(), before)
@@ -187,7 +193,7 @@ def check_segments(row: Row, variant: str, docs: Documents, cuts: Sequence[int])
 
     def follow(borders: Sequence[int]) -> tuple[dict[str, Tensor], State]:
         state, total, seen = before, torch.zeros((), dtype=torch.float64), []
-        for first, last in zip(borders, borders[1:], strict=False):
+        for first, last in pairwise(borders):
             logits, state = row.run(model, tokens[:, first:last], between(docs, first, last), state, carries=True)
             total = total + (logits * row.cut(weights[:, first:last])).sum()
             whole = torch.zeros(docs.shape[0], last - first, logits.shape[-1], dtype=torch.float64)
@@ -210,10 +216,12 @@ def check_segments(row: Row, variant: str, docs: Documents, cuts: Sequence[int])
             assert torch.equal(row.total(got / row.size), got), "the state must be the same on every rank of the row"
 
 
-def check_decode(variant: str, lengths: Sequence[int], steps: int, at_once: int) -> None:
-    """Prompts of several lengths read together, then ``steps`` calls of ``at_once`` tokens = each row read in parallel."""
+def check_decode(
+    variant: str, lengths: Sequence[int], steps: int, at_once: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Prompts of several lengths, then ``steps`` calls of ``at_once`` tokens, are each row read in parallel."""
     vocab_size, prompt, total = 16, max(lengths), steps * at_once
-    model = build(variant, vocab_size)
+    model = build(variant, vocab_size, dtype)
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(0, vocab_size, (len(lengths), prompt + total), generator=generator)
     with torch.no_grad():
@@ -227,7 +235,8 @@ def check_decode(variant: str, lengths: Sequence[int], steps: int, at_once: int)
         for index, length in enumerate(lengths):
             tokens = rows[index : index + 1, prompt - length :]  # padding stands on the left
             expected, _ = model(tokens, LocalContext(Documents.from_ids(torch.zeros_like(tokens))), {})
-            torch.testing.assert_close(got[index : index + 1, prompt - length :], expected, rtol=1e-11, atol=1e-11)
+            found = got[index : index + 1, prompt - length :]
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def whole_heads(variant: str, ranks: int) -> bool:

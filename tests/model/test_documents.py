@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,8 @@ from tests.model.row_checks import EDGE, LENGTH, VARIANTS, Row
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 layouts = st.lists(st.sets(st.integers(0, LENGTH - 1), max_size=6), min_size=1, max_size=2)
+# fp64 runs the definitions, fp32 the kernels that training uses
+dtypes = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-3)], ids=str)
 few = settings(max_examples=8, deadline=None, derandomize=True)
 
 
@@ -20,8 +23,9 @@ def test_every_kind_is_in_the_matrix() -> None:
 
 
 @every_variant
-def test_influence_stays_in_the_document_and_the_past(variant: str) -> None:
-    row_checks.check_influence(Row(), variant, row_checks.documents())
+@dtypes
+def test_influence_stays_in_the_document_and_the_past(variant: str, dtype: torch.dtype, tolerance: float) -> None:
+    row_checks.check_influence(Row(), variant, row_checks.documents(), dtype=dtype)
 
 
 @every_variant
@@ -53,6 +57,9 @@ def test_segments_in_any_layout(variant: str, starts: list[set[int]], before: in
 
 
 @every_variant
+@dtypes
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_prefill_and_decode_are_the_parallel_form(variant: str, at_once: int) -> None:
-    row_checks.check_decode(variant, lengths=(7, 1, 2, 12), steps=8, at_once=at_once)
+def test_prefill_and_decode_are_the_parallel_form(
+    variant: str, at_once: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    row_checks.check_decode(variant, (7, 1, 2, 12), 8, at_once, dtype, tolerance)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,8 +20,8 @@ def layouts(draw: st.DrawFn, multiple_of: int = 1) -> Documents:
     """Up to three rows of up to 12 columns (a multiple of ``multiple_of``), ids not starting at 0 and with gaps."""
     rows = draw(st.integers(1, 3))
     length = multiple_of * draw(st.integers(1, 12 // multiple_of))
-    steps = draw(st.lists(st.lists(st.sampled_from([0, 0, 0, 1, 4]), min_size=length, max_size=length), min_size=rows, max_size=rows))
-    before = draw(st.lists(st.integers(0, 5), min_size=rows, max_size=rows))
+    steps = [draw(st.lists(st.sampled_from([0, 0, 0, 1, 4]), min_size=length, max_size=length)) for _ in range(rows)]
+    before = [draw(st.integers(0, 5)) for _ in range(rows)]
     return Documents.from_ids(torch.tensor(steps).cumsum(1), torch.tensor(before))
 
 
@@ -46,7 +48,7 @@ def test_positions_and_starts(docs: Documents) -> None:
 def test_spans_tile_the_flattened_rows(docs: Documents) -> None:
     """For varlen kernels: every span is within one row and one document, none could be longer."""
     borders = docs.cu_seqlens.tolist()
-    spans = list(zip(borders, borders[1:], strict=False))
+    spans = list(pairwise(borders))
     assert borders[0] == 0 and borders[-1] == docs.ids.numel() and docs.cu_seqlens.dtype == torch.int32
     assert docs.max_len == max(last - first for first, last in spans)
     owner = [(row, document) for row, ids in enumerate(docs.ids.tolist()) for document in ids]

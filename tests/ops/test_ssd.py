@@ -165,6 +165,18 @@ def test_documents_are_independent_to_the_bit(kernels: str, length: int) -> None
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("docs", ["none", "edges"])
+def test_later_tokens_have_no_gradient_at_all(kernels: str, docs: str) -> None:
+    """Exactly 0, where sums of differences would leave a rounding error."""
+    tensors, documented = inputs(70), documents(docs, 70, chunk=16)
+    leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+    y, _ = call(leaves, documented, 16)
+    for column in (0, 14, 15, 16, 17, 40, 63, 64, 68):
+        grads = torch.autograd.grad(y[:, column].sum(), list(leaves.values()), retain_graph=True)
+        for name, grad in zip(NAMES[:4], grads, strict=False):
+            assert (grad[:, column + 1 :] == 0).all(), f"{name} after column {column}"
+
+
 def test_a_row_that_starts_a_document_drops_any_initial_state(kernels: str) -> None:
     tensors, docs = inputs(20), documents("fresh", 20)
     expected = run({name: t for name, t in tensors.items() if name != "initial_state"}, docs, 8)

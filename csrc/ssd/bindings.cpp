@@ -1,0 +1,165 @@
+// lmtrain::ssd and its backward: checks, allocation, the cut into pieces, and the split into tasks. Fake and autograd
+// are in lmtrain/ops/ssd.py.
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include "ssd/kernel.h"
+
+namespace {
+
+using namespace lm::ssd;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// The inputs, contiguous and checked, the pieces, and the parameters that point to them.
+struct Inputs {
+    Tensor x, log_a, b, c;
+    std::optional<Tensor> starts, initial_state;
+    std::vector<Piece> pieces;
+    std::vector<int64_t> first;
+    int64_t slots = 0;
+    Params p = {};
+
+    Inputs(const Tensor& x_, const Tensor& log_a_, const Tensor& b_, const Tensor& c_,
+           const std::optional<Tensor>& starts_, const std::optional<Tensor>& initial_state_, int64_t chunk) {
+        STD_TORCH_CHECK(x_.dim() == 4, "ssd: x: expected [B, T, H, P], got ", x_.dim(), " dims");
+        STD_TORCH_CHECK(x_.scalar_type() == ScalarType::Float || x_.scalar_type() == ScalarType::Double,
+                        "ssd: x: expected float32 or float64");
+        STD_TORCH_CHECK(b_.dim() == 4, "ssd: B: expected [B, T, G, N], got ", b_.dim(), " dims");
+        STD_TORCH_CHECK(chunk >= 1, "ssd: chunk: expected at least 1, got ", chunk);
+        p.f64 = x_.scalar_type() == ScalarType::Double;
+        p.batch = x_.size(0), p.length = x_.size(1), p.heads = x_.size(2), p.head_dim = x_.size(3);
+        p.groups = b_.size(2), p.d_state = b_.size(3);
+        STD_TORCH_CHECK(p.groups > 0 && p.heads % p.groups == 0, "ssd: B: expected groups that divide the heads");
+        x = dense("x", x_, p.batch * p.length * p.heads * p.head_dim);
+        log_a = dense("log_a", log_a_, p.batch * p.length * p.heads);
+        b = dense("B", b_, p.batch * p.length * p.groups * p.d_state);
+        c = dense("C", c_, p.batch * p.length * p.groups * p.d_state);
+        if (starts_) {
+            STD_TORCH_CHECK(starts_->scalar_type() == ScalarType::Bool && starts_->numel() == p.batch * p.length,
+                            "ssd: starts: expected bool [B, T]");
+            starts = torch::stable::contiguous(*starts_);
+        }
+        if (initial_state_) initial_state = dense("initial_state", *initial_state_, state_elements());
+        p.x = x.const_data_ptr(), p.log_a = log_a.const_data_ptr();
+        p.b = b.const_data_ptr(), p.c = c.const_data_ptr();
+        if (initial_state) p.initial_state = initial_state->const_data_ptr();
+        cut(chunk < kChunk ? chunk : kChunk);
+    }
+
+    int64_t state_elements() const { return p.batch * p.heads * p.d_state * p.head_dim; }
+
+    // `tensor` contiguous, if it has x's type and this many elements.
+    Tensor dense(const char* name, const Tensor& tensor, int64_t elements) const {
+        STD_TORCH_CHECK(tensor.numel() == elements && (tensor.scalar_type() == ScalarType::Double) == p.f64 &&
+                            (tensor.scalar_type() == ScalarType::Float) != p.f64,
+                        "ssd: ", name, ": expected ", elements, " elements in x's dtype");
+        return torch::stable::contiguous(tensor);
+    }
+
+    void cut(int64_t chunk) {
+        const auto* start = starts ? static_cast<const bool*>(starts->const_data_ptr()) : nullptr;
+        slots = p.batch;
+        for (int64_t row = 0; row < p.batch; ++row, start += start ? p.length : 0) {
+            first.push_back(static_cast<int64_t>(pieces.size()));
+            for (int64_t begin = 0; begin < p.length;) {
+                int64_t end = begin + 1;
+                while (end < p.length && end - begin < chunk && !(start && start[end])) ++end;
+                const bool zero = (start && start[begin]) || (begin == 0 && !p.initial_state);
+                const int64_t in = zero ? kNone : slots++;
+                if (begin > 0) pieces.back().out = in;
+                pieces.push_back({row, begin, end - begin, in, row});
+                begin = end;
+            }
+        }
+        first.push_back(static_cast<int64_t>(pieces.size()));
+        p.pieces = pieces.data(), p.first = first.data();
+    }
+
+    Tensor empty_state() const {
+        return torch::stable::new_empty(x, {p.batch, p.heads, p.d_state, p.head_dim});
+    }
+
+    // Runs tasks [0, tasks) on as many threads as pay, each with its own scratch.
+    template <typename Kernel>
+    void run(Kernel kernel, int64_t tasks, int64_t scratch_elements) const {
+        // multiplications below which a thread is not worth starting, of about this many in all
+        const int64_t least = 1 << 18, work = p.batch * p.length * p.heads * (p.d_state + kChunk) * p.head_dim;
+        int64_t workers = torch::stable::get_num_threads();
+        for (int64_t limit : {tasks, work / least}) workers = limit < workers ? limit : workers;
+        if (workers < 1) workers = 1;
+        Tensor scratch = torch::stable::new_empty(x, {workers, scratch_elements});
+        auto* memory = static_cast<char*>(scratch.mutable_data_ptr());
+        const int64_t bytes = scratch_elements * (p.f64 ? 8 : 4);
+        torch::stable::parallel_for(0, workers, 1, [&](int64_t from, int64_t to) {
+            for (int64_t w = from; w < to; ++w) {
+                kernel(p, tasks * w / workers, tasks * (w + 1) / workers, memory + w * bytes);
+            }
+        });
+    }
+
+    int64_t heads_of_rows() const { return p.batch * p.heads; }
+    int64_t groups_of_pieces() const { return static_cast<int64_t>(pieces.size()) * p.groups; }
+};
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& log_a, const Tensor& b, const Tensor& c,
+                                   const std::optional<Tensor>& starts, const std::optional<Tensor>& initial_state,
+                                   int64_t chunk) {
+    Inputs in(x, log_a, b, c, starts, initial_state, chunk);
+    Params& p = in.p;
+    Tensor y = torch::stable::new_empty(in.x, {p.batch, p.length, p.heads, p.head_dim});
+    Tensor final_state = in.empty_state();
+    Tensor states = torch::stable::new_empty(in.x, {p.batch, p.heads, p.d_state, padded(p.head_dim)});
+    p.y = y.mutable_data_ptr();
+    p.final_state = final_state.mutable_data_ptr();
+    p.states = states.mutable_data_ptr();
+    in.run(LM_CPU(ssd_forward), in.heads_of_rows(), forward_scratch(p));
+    return {y, final_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_y, const Tensor& grad_final, const Tensor& x, const Tensor& log_a, const Tensor& b,
+    const Tensor& c, const std::optional<Tensor>& starts, const std::optional<Tensor>& initial_state, int64_t chunk) {
+    Inputs in(x, log_a, b, c, starts, initial_state, chunk);
+    Params& p = in.p;
+    const Tensor grad_y_dense = in.dense("grad_y", grad_y, x.numel());
+    const Tensor grad_final_dense = in.dense("grad_final", grad_final, in.state_elements());
+    const std::vector<int64_t> slots = {in.slots, p.heads, p.d_state, padded(p.head_dim)};
+    Tensor states = torch::stable::new_empty(in.x, slots), grad_states = torch::stable::new_empty(in.x, slots);
+    Tensor grad_x = torch::stable::new_empty(in.x, {p.batch, p.length, p.heads, p.head_dim});
+    Tensor grad_log_a = torch::stable::new_empty(in.x, {p.batch, p.length, p.heads});
+    Tensor grad_b = torch::stable::new_empty(in.x, {p.batch, p.length, p.groups, p.d_state});
+    Tensor grad_c = torch::stable::new_empty(in.x, {p.batch, p.length, p.groups, p.d_state});
+    Tensor grad_initial = in.empty_state();
+    p.grad_y = grad_y_dense.const_data_ptr(), p.grad_final = grad_final_dense.const_data_ptr();
+    p.states = states.mutable_data_ptr(), p.grad_states = grad_states.mutable_data_ptr();
+    p.grad_x = grad_x.mutable_data_ptr(), p.grad_log_a = grad_log_a.mutable_data_ptr();
+    p.grad_b = grad_b.mutable_data_ptr(), p.grad_c = grad_c.mutable_data_ptr();
+    p.grad_initial = grad_initial.mutable_data_ptr();
+    in.run(LM_CPU(ssd_chain), in.heads_of_rows(), chain_scratch(p));
+    in.run(LM_CPU(ssd_backward), in.groups_of_pieces(), backward_scratch(p));
+    return {grad_x, grad_log_a, grad_b, grad_c, grad_initial};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(lmtrain, m) {
+    m.def(
+        "ssd(Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor? starts, Tensor? initial_state, int chunk)"
+        " -> (Tensor, Tensor)");
+    m.def(
+        "ssd_backward(Tensor grad_y, Tensor grad_final, Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor? starts,"
+        " Tensor? initial_state, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(lmtrain, CPU, m) {
+    m.impl("ssd", TORCH_BOX(&forward));
+    m.impl("ssd_backward", TORCH_BOX(&backward));
+}

@@ -1,0 +1,224 @@
+// The second half of the backward: the gradients of x, log_a, B and C of one piece and group, its heads in order.
+//
+// With U_ij = grad_y_i . x_j, S the state before the piece and S' that after it, per head:
+//
+//   grad_x_j = sum_i (D_ij C_i . B_j) grad_y_i + leave_j grad_S'^T B_j
+//   grad_C_i = sum_j (D_ij U_ij) B_j + enter_i S grad_y_i        grad_B_j = sum_i (D_ij U_ij) C_i + leave_j grad_S' x_j
+//
+// and the gradient of log_a_t sums what every pair of a writer j < t and a reader i >= t contributes, where S is a
+// writer before the piece and grad_S' a reader after it.
+#include "ssd/cpu/scan.h"
+
+namespace {
+
+template <typename IO>
+inline typename IO::Compute sum_lanes(typename IO::Vec values) {
+    typename IO::Compute total = 0;
+    for (int l = 0; l < kLanes<IO>; ++l) total += values[l];
+    return total;
+}
+
+template <typename IO>
+struct Backward {
+    using T = typename IO::Compute;
+    using Vec = typename IO::Vec;
+    static constexpr int lanes = kLanes<IO>;
+
+    const Params& p;
+    const int64_t width = padded(p.head_dim), key_width = padded(p.d_state), key_stride = p.groups * p.d_state;
+    const int64_t value_stride = p.heads * p.head_dim;
+    // of the group; a name ending in t is transposed, its rows kChunk long
+    T *b, *c, *bt, *ct, *scores, *grad_bt, *grad_ct, *grad_scores;
+    // of a head
+    T *grad_y, *grad_yt, *xt, *weights;
+    // of a head: what tokens contribute to the gradient of log_a, as readers and writers of the piece and of states
+    alignas(64) T reads[kChunk], writes[kChunk], reads_state[kChunk], writes_state[kChunk];
+
+    Backward(const Params& params, T* memory) : p(params) {
+        Scratch<T> scratch{memory};
+        b = scratch.take(kChunk * key_width);
+        c = scratch.take(kChunk * key_width);
+        bt = scratch.take(kChunk * p.d_state);
+        ct = scratch.take(kChunk * p.d_state);
+        grad_bt = scratch.take(kChunk * p.d_state);
+        grad_ct = scratch.take(kChunk * p.d_state);
+        scores = scratch.take(kChunk * kChunk);
+        grad_scores = scratch.take(kChunk * kChunk);
+        weights = scratch.take(kChunk * kChunk);
+        grad_y = scratch.take(kChunk * width);
+        grad_yt = scratch.take(kChunk * p.head_dim);
+        xt = scratch.take(kChunk * p.head_dim);
+    }
+
+    void run(const Piece& piece, int64_t group) {
+        const T* keys = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
+        const T* queries = at_piece<const T>(p, piece, p.c, p.groups, group, p.d_state);
+        pack<IO>(b, keys, key_stride, piece.count, p.d_state);
+        pack<IO>(c, queries, key_stride, piece.count, p.d_state);
+        transpose_piece(bt, keys, key_stride, piece.count, p.d_state);
+        transpose_piece(ct, queries, key_stride, piece.count, p.d_state);
+        piece_scores<IO>(p, piece, group, bt, scores);
+        std::memset(grad_bt, 0, kChunk * p.d_state * sizeof(T));
+        std::memset(grad_ct, 0, kChunk * p.d_state * sizeof(T));
+        std::memset(grad_scores, 0, kChunk * kChunk * sizeof(T));
+
+        const int64_t heads = p.heads / p.groups;
+        for (int64_t head = group * heads; head < (group + 1) * heads; ++head) run_head(piece, head);
+        write_grad_keys(piece, group);
+    }
+
+    const T* slot(const void* states, int64_t index, int64_t head) const {
+        if (index == kNone) return nullptr;
+        return static_cast<const T*>(states) + (index * p.heads + head) * p.d_state * width;
+    }
+
+    void run_head(const Piece& piece, int64_t head) {
+        const T* state = slot(p.states, piece.in, head);
+        const T* grad_state = slot(p.grad_states, piece.out, head);
+        const T* log_a = at_piece<const T>(p, piece, p.log_a, p.heads, head, 1);
+        const Decay<IO> decay(log_a, p.heads, piece.count, state == nullptr);
+        const T* x = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
+        pack<IO>(grad_y, at_piece<const T>(p, piece, p.grad_y, p.heads, head, p.head_dim), value_stride, piece.count,
+                 p.head_dim);
+        transpose_piece(xt, x, value_stride, piece.count, p.head_dim);
+
+        within_piece(piece, decay);
+        write_grad_x(piece, head, grad_state, decay);
+        std::memset(reads_state, 0, sizeof(reads_state));
+        std::memset(writes_state, 0, sizeof(writes_state));
+        if (state) {
+            transpose_piece(grad_yt, grad_y, width, piece.count, p.head_dim);
+            through_state(piece, state, grad_yt, ct, decay.enter, grad_ct, reads_state);
+        }
+        if (grad_state) through_state(piece, grad_state, xt, bt, decay.leave, grad_bt, writes_state);
+        T across = 0;
+        if (state && grad_state && decay.total() != 0) across = decay.total() * dot(state, grad_state);
+        write_grad_log_a(piece, head, across);
+    }
+
+    // U, and from it: grad_scores += D U, reads and writes = row and column sums of D U scores left of the diagonal.
+    // weights = D scores.
+    void within_piece(const Piece& piece, const Decay<IO>& decay) {
+        DecayRow<IO> row;
+        std::memset(writes, 0, sizeof(writes));
+        for (int64_t block = 0; block < piece.count; block += kBlock) {
+            const int64_t end = least(block + kBlock, piece.count), columns = block + kBlock;
+            for_tiles<IO>(block, end, columns, [&](auto& tile, int64_t i, int64_t j) LM_INLINE {
+                tile.add(grad_y + i * width, width, 1, xt + j, kChunk, p.head_dim);
+                tile.store(weights + i * kChunk + j, kChunk);
+            });
+            for (int64_t i = block; i < end; ++i) {
+                row.move_to(i, decay);
+                Vec read = {};
+                for (int64_t j = 0; j < columns; j += lanes) {
+                    T *weight = weights + i * kChunk + j, *grad = grad_scores + i * kChunk + j;
+                    const Vec d = copy_in<Vec>(row.at + j, lanes), score = copy_in<Vec>(scores + i * kChunk + j, lanes);
+                    const Vec u = d * copy_in<Vec>(weight, lanes);
+                    const Vec pair = row.is(i, j) ? Vec{} : u * score;
+                    copy_out(grad, copy_in<Vec>(grad, lanes) + u, lanes);
+                    copy_out(weight, d * score, lanes);
+                    copy_out(writes + j, copy_in<Vec>(writes + j, lanes) + pair, lanes);
+                    read += pair;
+                }
+                reads[i] = sum_lanes<IO>(read);
+            }
+        }
+    }
+
+    void write_grad_x(const Piece& piece, int64_t head, const T* grad_state, const Decay<IO>& decay) {
+        T* grad_x = at_piece<T>(p, piece, p.grad_x, p.heads, head, p.head_dim);
+        for (int64_t block = 0; block < piece.count; block += kBlock) {
+            const int64_t end = least(block + kBlock, piece.count);
+            for_tiles<IO>(block, end, p.head_dim, [&](auto& tile, int64_t j, int64_t column) LM_INLINE {
+                if (grad_state) {
+                    tile.add(b + j * key_width, key_width, 1, grad_state + column, width, p.d_state);
+                    tile.scale_rows(decay.leave + j);
+                }
+                tile.add(weights + block * kChunk + j, 1, kChunk, grad_y + block * width + column, width,
+                         piece.count - block);
+                tile.store(grad_x + j * value_stride + column, value_stride, p.head_dim - column);
+            });
+        }
+    }
+
+    // grad_keys[n, i] += factor_i (state values)[n, i], and sums[i] = the same times keys[n, i], summed over n.
+    void through_state(const Piece& piece, const T* state, const T* values, const T* keys, const T* factor, T* grad_keys,
+                       T* sums) {
+        for_tiles<IO>(0, p.d_state, piece.count, [&](auto& tile, int64_t n, int64_t i) LM_INLINE {
+            tile.add(state + n * width, width, 1, values + i, kChunk, p.head_dim);
+            tile.each([&](Vec& value, int r, int column) LM_INLINE {
+                const int64_t at = (n + r) * kChunk + i + column;
+                const Vec grad = value * copy_in<Vec>(factor + i + column, lanes);
+                copy_out(grad_keys + at, copy_in<Vec>(grad_keys + at, lanes) + grad, lanes);
+                T* sum = sums + i + column;
+                copy_out(sum, copy_in<Vec>(sum, lanes) + grad * copy_in<Vec>(keys + at, lanes), lanes);
+            });
+        });
+    }
+
+    T dot(const T* left, const T* right) const {
+        Vec sums[4] = {};
+        for (int64_t i = 0; i < p.d_state * width; i += kBlock) {
+            for (int v = 0; v < kBlock / lanes; ++v) {
+                sums[v % 4] += copy_in<Vec>(left + i + v * lanes, lanes) * copy_in<Vec>(right + i + v * lanes, lanes);
+            }
+        }
+        return sum_lanes<IO>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+
+    void write_grad_log_a(const Piece& piece, int64_t head, T across) {
+        T* grad = at_piece<T>(p, piece, p.grad_log_a, p.heads, head, 1);
+        // Sums from the side on which they begin with 0, never totals less what has passed: where nothing reads any more
+        // the gradient is 0, not what rounding left over.
+        double writers[kChunk];  // of S', before t
+        double sum = 0;
+        for (int64_t t = 0; t < piece.count; ++t) {
+            writers[t] = sum;
+            sum += writes_state[t];
+        }
+        double readers = across;  // of S, at t or later
+        double pairs = 0;         // of a writer before t and a reader at t or later, in the piece
+        for (int64_t t = piece.count - 1; t >= 0; --t) {
+            readers += reads_state[t];
+            pairs += reads[t] - writes[t];
+            grad[t * p.heads] = static_cast<T>(readers + writers[t] + (t > 0 ? pairs : 0));
+        }
+    }
+
+    // grad_C = grad_scores B, grad_B = grad_scores^T C, each with what came through the states.
+    void write_grad_keys(const Piece& piece, int64_t group) {
+        T* grad_b = at_piece<T>(p, piece, p.grad_b, p.groups, group, p.d_state);
+        T* grad_c = at_piece<T>(p, piece, p.grad_c, p.groups, group, p.d_state);
+        transpose(grad_b, key_stride, grad_bt, kChunk, p.d_state, piece.count);
+        transpose(grad_c, key_stride, grad_ct, kChunk, p.d_state, piece.count);
+        for (int64_t block = 0; block < piece.count; block += kBlock) {
+            const int64_t end = least(block + kBlock, piece.count);
+            for_tiles<IO>(block, end, p.d_state, [&](auto& tile, int64_t i, int64_t n) LM_INLINE {
+                tile.add(grad_scores + i * kChunk, kChunk, 1, b + n, key_width, end);
+                tile.add_to(grad_c + i * key_stride + n, key_stride, p.d_state - n);
+            });
+            for_tiles<IO>(block, end, p.d_state, [&](auto& tile, int64_t j, int64_t n) LM_INLINE {
+                tile.add(grad_scores + block * kChunk + j, 1, kChunk, c + block * key_width + n, key_width,
+                         piece.count - block);
+                tile.add_to(grad_b + j * key_stride + n, key_stride, p.d_state - n);
+            });
+        }
+    }
+};
+
+template <typename IO, typename T = typename IO::Compute>
+void backward(const Params& p, int64_t from, int64_t to, T* scratch) {
+    Backward<IO> task(p, scratch);
+    for (int64_t index = from; index < to; ++index) task.run(p.pieces[index / p.groups], index % p.groups);
+}
+
+}  // namespace
+
+namespace lm::LM_UNIT {
+
+void ssd_backward(const Params& p, int64_t from, int64_t to, void* scratch) {
+    if (p.f64) return backward<Double>(p, from, to, static_cast<double*>(scratch));
+    backward<Float>(p, from, to, static_cast<float*>(scratch));
+}
+
+}  // namespace lm::LM_UNIT

@@ -1,0 +1,70 @@
+// What forward and backward have in common: where a piece's tensors lie, its scores, and a step of the state.
+#pragma once
+
+#include "ssd/cpu/decay.h"
+#include "ssd/cpu/panel.h"
+#include "ssd/cpu/tile.h"
+#include "ssd/kernel.h"
+
+namespace {
+
+using namespace lm::ssd;
+
+// Hands out consecutive parts of a thread's scratch.
+template <typename T>
+struct Scratch {
+    T* next;
+    T* take(int64_t elements) { return (next += elements) - elements; }
+};
+
+// A tensor [batch, length, count, width] at the first token of a piece.
+template <typename T, typename Base>
+T* at_piece(const Params& p, const Piece& piece, Base* values, int64_t count, int64_t index, int64_t width) {
+    return static_cast<T*>(values) + ((piece.row * p.length + piece.begin) * count + index) * width;
+}
+
+// Heads [from, to) of all rows, as body(row, from, to) with heads of one row.
+template <typename Body>
+inline void for_rows(const Params& p, int64_t from, int64_t to, const Body& body) {
+    while (from < to) {
+        const int64_t row = from / p.heads, next = least(to, (row + 1) * p.heads);
+        body(row, from - row * p.heads, next - row * p.heads);
+        from = next;
+    }
+}
+
+// out[i, j] = C_i . B_j for j <= i, and for what else lies in the block of j's last column.
+template <typename IO, typename T = typename IO::Compute>
+void piece_scores(const Params& p, const Piece& piece, int64_t group, const T* b_transposed, T* out) {
+    const T* c = at_piece<const T>(p, piece, p.c, p.groups, group, p.d_state);
+    const int64_t stride = p.groups * p.d_state;
+    for (int64_t block = 0; block < piece.count; block += kBlock) {
+        const int64_t end = least(block + kBlock, piece.count);
+        for_tiles<IO>(block, end, block + kBlock, [&](auto& tile, int64_t i, int64_t j) LM_INLINE {
+            tile.add(c + i * stride, stride, 1, b_transposed + j, kChunk, p.d_state);
+            tile.store(out + i * kChunk + j, kChunk);
+        });
+    }
+}
+
+// after = decay * before + left^T right, for left [tokens, d_state] and right [tokens, padded(head_dim)]. `before` may
+// be null for zero, or `after`. Where the decay is 0 it drops even what is not finite.
+template <typename IO, typename T = typename IO::Compute>
+void step_state(const Params& p, T* after, const T* before, T decay, const T* left, int64_t left_stride,
+                const T* right, int64_t tokens) {
+    const int64_t width = padded(p.head_dim);
+    const bool carry = before != nullptr && decay != 0;
+    for_tiles<IO>(0, p.d_state, width, [&](auto& tile, int64_t n, int64_t column) LM_INLINE {
+        using Vec = typename IO::Vec;
+        tile.add(left + n, 1, left_stride, right + column, width, tokens);
+        if (carry) {
+            const T* old = before + n * width + column;
+            tile.each([&](Vec& value, int r, int c) LM_INLINE {
+                value += decay * copy_in<Vec>(old + r * width + c, kLanes<IO>);
+            });
+        }
+        tile.store(after + n * width + column, width);
+    });
+}
+
+}  // namespace

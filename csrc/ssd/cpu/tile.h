@@ -1,0 +1,97 @@
+// Matrix products in registers: a tile of the result is accumulated over all steps, then handed to its user.
+#pragma once
+
+#include "common/vector.h"
+
+#define LM_INLINE __attribute__((always_inline))
+
+namespace {
+
+// 2 vectors wide: 16 accumulators of 32 registers, or 12 of 16; at least 8 are in flight on two FMA units.
+constexpr int kTileRows = LM_LANES == 16 ? 8 : 6;
+
+template <typename IO, int ROWS, int VECS>
+struct Tile {
+    using T = typename IO::Compute;
+    using Vec = typename IO::Vec;
+    static constexpr int lanes = kLanes<IO>;
+    Vec at[ROWS][VECS] = {};
+
+    // += A B. A's element (row, step) is a[row * row_stride + step * step_stride]; B's rows are `ldb` apart.
+    LM_INLINE void add(const T* a, int64_t row_stride, int64_t step_stride, const T* b, int64_t ldb, int64_t steps) {
+        for (int64_t step = 0; step < steps; ++step, a += step_stride, b += ldb) {
+            Vec right[VECS];
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; ++v) right[v] = copy_in<Vec>(b + v * lanes, lanes);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                const Vec left = a[r * row_stride] - Vec{};  // in every lane
+#pragma GCC unroll 2
+                for (int v = 0; v < VECS; ++v) at[r][v] += left * right[v];
+            }
+        }
+    }
+
+    // f(vector, row, column) for every vector; columns count from the tile's first.
+    template <typename F>
+    LM_INLINE void each(F f) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 2
+            for (int v = 0; v < VECS; ++v) f(at[r][v], r, v * lanes);
+        }
+    }
+
+    LM_INLINE void scale_rows(const T* factor) {
+        each([&](Vec& value, int r, int) LM_INLINE { value *= factor[r]; });
+    }
+
+    LM_INLINE void store(T* to, int64_t ld) {
+        each([&](Vec& value, int r, int column) LM_INLINE { copy_out(to + r * ld + column, value, lanes); });
+    }
+
+    // The first `columns` of each row, added to what is there.
+    LM_INLINE void add_to(T* to, int64_t ld, int64_t columns) {
+        each([&](Vec& value, int r, int column) LM_INLINE {
+            const int64_t left = columns - column;
+            const int count = static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes);
+            copy_out(to + r * ld + column, value + copy_in<Vec>(to + r * ld + column, count), count);
+        });
+    }
+
+    // The first `columns` of each row.
+    LM_INLINE void store(T* to, int64_t ld, int64_t columns) {
+        if (columns >= VECS * lanes) return store(to, ld);
+        each([&](Vec& value, int r, int column) LM_INLINE {
+            const int64_t left = columns - column;
+            if (left > 0) copy_out(to + r * ld + column, value, static_cast<int>(left < lanes ? left : lanes));
+        });
+    }
+};
+
+template <typename IO, int VECS, typename Body>
+inline void column_of_tiles(int64_t row, int64_t end, int64_t column, const Body& body) {
+    for (; row + kTileRows <= end; row += kTileRows) {
+        Tile<IO, kTileRows, VECS> tile;
+        body(tile, row, column);
+    }
+    for (; row + 4 <= end; row += 4) {
+        Tile<IO, 4, VECS> tile;
+        body(tile, row, column);
+    }
+    for (; row < end; ++row) {
+        Tile<IO, 1, VECS> tile;
+        body(tile, row, column);
+    }
+}
+
+// body(tile, row, column) for tiles, zero at first, that cover rows [row, end) and the vectors of columns [0, columns).
+template <typename IO, typename Body>
+inline void for_tiles(int64_t row, int64_t end, int64_t columns, const Body& body) {
+    constexpr int lanes = kLanes<IO>;
+    int64_t column = 0;
+    for (; column + lanes < columns; column += 2 * lanes) column_of_tiles<IO, 2>(row, end, column, body);
+    if (column < columns) column_of_tiles<IO, 1>(row, end, column, body);
+}
+
+}  // namespace
