@@ -48,7 +48,7 @@ def main() -> int:
         with _timed(seconds, "evaluation", "Judging it"):
             bars = baselines(load(["recipe=demo"]).recipe.data)
             questions = shipped.folder("eval") / "data" / "mmlu_python"
-            _verb("evaluate", str(RUN), "heldout=true", f"mmlu={questions}")
+            _verb("evaluate", str(RUN), "heldout=true", f"mmlu={questions}", "num_fewshot=3")
         with _timed(seconds, "export", "Exporting it to Hugging Face transformers, which must compute the same"):
             _verb("export", str(RUN))
         summary = _summarise(stopped_at, bars, seconds)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lmtrain.model.context import LocalContext
-from lmtrain.model.decode import decode, sample
+from lmtrain.model.decode import decode, prefill, sample
 from lmtrain.model.ffn.mlp import MLP
 from lmtrain.model.language_model import LanguageModel
 from tests.model.row_checks import VARIANTS, build, distinct_tokens, documents
@@ -85,6 +85,21 @@ def test_decoding_from_the_initial_state(variant: str) -> None:
         expected, _ = model(torch.tensor([prompt]), LocalContext(ids), {})
     torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
     assert state["length"].tolist() == [len(prompt)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_row_that_starts_anew_forgets_its_state(variant: str, length: int) -> None:
+    """Decoding with ``length`` 0 in one row: what its state held is not seen, whatever the other row carries."""
+    model = build(variant, VOCAB)
+    row = torch.tensor([[3, 1, 4, 1, 5]]).repeat(2, 1)
+    with torch.no_grad():
+        _, state = prefill(model, row, torch.tensor([5, 5]))
+        state["length"][0] = 0
+        found, after = decode(model, row[:, :length], state)
+        expected, _ = decode(model, row[:1, :length], model.init_state(1, "cpu"))
+    torch.testing.assert_close(found[:1], expected, rtol=1e-12, atol=1e-12)
+    assert after["length"].tolist() == [length, 5 + length]
 
 
 def test_sampling_repeats_itself_and_follows_the_most_likely() -> None:
