@@ -215,12 +215,14 @@ def _curve(line: Line, x_axis: Axis, y_axis: Axis) -> Markup:
 
 
 def _rules(rules: Sequence[tuple[float, str]], y_axis: Axis, width: int) -> list[Markup]:
-    """Horizontal lines; labels that would touch are moved apart."""
+    """Horizontal lines; the lowest is labelled below itself if the next is close, the others above and apart."""
     parts = []
     free = math.inf
-    for value, label in sorted(rules, key=lambda rule: y_axis(rule[0]), reverse=True):
+    ordered = sorted(rules, key=lambda rule: y_axis(rule[0]), reverse=True)
+    for value, label in ordered:
         at = y_axis(value)
-        free = min(at - 4, free - 13)
+        close = label == ordered[0][1] and len(ordered) > 1 and at - y_axis(ordered[1][0]) < 16
+        free = at + 11 if close else min(at - 4, free - 13)
         parts.append(
             Markup('<line class="rule" x1="{}" x2="{}" y1="{y:.1f}" y2="{y:.1f}"/>').format(LEFT, width - RIGHT, y=at)
         )

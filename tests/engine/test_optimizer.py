@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from lmtrain.engine.optimizer import build_optimizer, optimizer_tensors, restore_steps, set_lr, step_count
 from lmtrain.model.branch import ParamInfo
 from lmtrain.train.config import OptimizerConfig
-from lmtrain.engine.optimizer import build_optimizer, optimizer_tensors, restore_steps, set_lr, step_count
 
 CFG = OptimizerConfig(weight_decay=0.3)
 

@@ -13,9 +13,12 @@ namespace {
 
 template <typename IO>
 inline typename IO::Compute sum_lanes(typename IO::Vec values) {
-    typename IO::Compute total = 0;
-    for (int l = 0; l < kLanes<IO>; ++l) total += values[l];
-    return total;
+    typename IO::Compute lane[kLanes<IO>];
+    copy_out(lane, values, kLanes<IO>);
+    for (int half = kLanes<IO> / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+    }
+    return lane[0];
 }
 
 template <typename IO>
@@ -146,13 +149,17 @@ struct Backward {
                        T* sums) {
         for_tiles<IO>(0, p.d_state, piece.count, [&](auto& tile, int64_t n, int64_t i) LM_INLINE {
             tile.add(state + n * width, width, 1, values + i, kChunk, p.head_dim);
+            Vec sum[2] = {};  // per vector of the tile's columns
             tile.each([&](Vec& value, int r, int column) LM_INLINE {
                 const int64_t at = (n + r) * kChunk + i + column;
                 const Vec grad = value * copy_in<Vec>(factor + i + column, lanes);
                 copy_out(grad_keys + at, copy_in<Vec>(grad_keys + at, lanes) + grad, lanes);
-                T* sum = sums + i + column;
-                copy_out(sum, copy_in<Vec>(sum, lanes) + grad * copy_in<Vec>(keys + at, lanes), lanes);
+                sum[column / lanes] += grad * copy_in<Vec>(keys + at, lanes);
             });
+            for (int v = 0; v < tile.vectors; ++v) {
+                T* to = sums + i + v * lanes;
+                copy_out(to, copy_in<Vec>(to, lanes) + sum[v], lanes);
+            }
         });
     }
 

@@ -14,7 +14,7 @@ template <typename IO, int ROWS, int VECS>
 struct Tile {
     using T = typename IO::Compute;
     using Vec = typename IO::Vec;
-    static constexpr int lanes = kLanes<IO>;
+    static constexpr int lanes = kLanes<IO>, vectors = VECS;
     Vec at[ROWS][VECS] = {};
 
     // += A B. A's element (row, step) is a[row * row_stride + step * step_stride]; B's rows are `ldb` apart.
