@@ -24,7 +24,6 @@ struct Inputs {
     std::optional<Tensor> starts, initial_state;
     std::vector<Piece> pieces;
     std::vector<int64_t> first;
-    int64_t slots = 0;
     Params p = {};
 
     Inputs(const Tensor& x_, const Tensor& log_a_, const Tensor& b_, const Tensor& c_,
@@ -66,18 +65,18 @@ struct Inputs {
 
     void cut(int64_t chunk) {
         const auto* start = starts ? static_cast<const bool*>(starts->const_data_ptr()) : nullptr;
-        slots = p.batch;
         for (int64_t row = 0; row < p.batch; ++row, start += start ? p.length : 0) {
             first.push_back(static_cast<int64_t>(pieces.size()));
+            int64_t slots = 0;
             for (int64_t begin = 0; begin < p.length;) {
                 int64_t end = begin + 1;
                 while (end < p.length && end - begin < chunk && !(start && start[end])) ++end;
                 const bool zero = (start && start[begin]) || (begin == 0 && !p.initial_state);
-                const int64_t in = zero ? kNone : slots++;
-                if (begin > 0) pieces.back().out = in;
-                pieces.push_back({row, begin, end - begin, in, row});
+                if (begin > 0) pieces.back().leaves = !zero;
+                pieces.push_back({row, begin, end - begin, zero ? kNone : slots++, true});
                 begin = end;
             }
+            p.slots = slots > p.slots ? slots : p.slots;
         }
         first.push_back(static_cast<int64_t>(pieces.size()));
         p.pieces = pieces.data(), p.first = first.data();
@@ -85,6 +84,25 @@ struct Inputs {
 
     Tensor empty_state() const {
         return torch::stable::new_empty(x, {p.batch, p.heads, p.d_state, p.head_dim});
+    }
+
+    // [blocks, ...] to [...], in the order of blocks.
+    Tensor sum_blocks(const Tensor& parts) const {
+        Tensor sum = torch::stable::new_empty(x, {p.batch, p.length, p.groups, p.d_state});
+        const auto add = [&](auto* to, const auto* from) {
+            torch::stable::parallel_for(0, sum.numel(), 32768, [&](int64_t begin, int64_t end) {
+                for (int64_t i = begin; i < end; ++i) to[i] = from[i];
+                for (int64_t block = 1; block < blocks(p); ++block) {
+                    const auto* part = from + block * sum.numel();
+                    for (int64_t i = begin; i < end; ++i) to[i] += part[i];
+                }
+            });
+        };
+        void* to = sum.mutable_data_ptr();
+        const void* from = parts.const_data_ptr();
+        if (p.f64) add(static_cast<double*>(to), static_cast<const double*>(from));
+        else add(static_cast<float*>(to), static_cast<const float*>(from));
+        return sum;
     }
 
     // Runs tasks [0, tasks) on as many threads as pay, each with its own scratch.
@@ -104,9 +122,6 @@ struct Inputs {
             }
         });
     }
-
-    int64_t heads_of_rows() const { return p.batch * p.heads; }
-    int64_t groups_of_pieces() const { return static_cast<int64_t>(pieces.size()) * p.groups; }
 };
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& log_a, const Tensor& b, const Tensor& c,
@@ -120,7 +135,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& log_a, const T
     p.y = y.mutable_data_ptr();
     p.final_state = final_state.mutable_data_ptr();
     p.states = states.mutable_data_ptr();
-    in.run(LM_CPU(ssd_forward), in.heads_of_rows(), forward_scratch(p));
+    in.run(LM_CPU(ssd_forward), p.batch * p.heads, forward_scratch(p));
     return {y, final_state};
 }
 
@@ -131,21 +146,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     Params& p = in.p;
     const Tensor grad_y_dense = in.dense("grad_y", grad_y, x.numel());
     const Tensor grad_final_dense = in.dense("grad_final", grad_final, in.state_elements());
-    const std::vector<int64_t> slots = {in.slots, p.heads, p.d_state, padded(p.head_dim)};
-    Tensor states = torch::stable::new_empty(in.x, slots), grad_states = torch::stable::new_empty(in.x, slots);
     Tensor grad_x = torch::stable::new_empty(in.x, {p.batch, p.length, p.heads, p.head_dim});
     Tensor grad_log_a = torch::stable::new_empty(in.x, {p.batch, p.length, p.heads});
-    Tensor grad_b = torch::stable::new_empty(in.x, {p.batch, p.length, p.groups, p.d_state});
-    Tensor grad_c = torch::stable::new_empty(in.x, {p.batch, p.length, p.groups, p.d_state});
+    const std::vector<int64_t> keys = {blocks(p), p.batch, p.length, p.groups, p.d_state};
+    Tensor grad_b = torch::stable::new_empty(in.x, keys), grad_c = torch::stable::new_empty(in.x, keys);
     Tensor grad_initial = in.empty_state();
     p.grad_y = grad_y_dense.const_data_ptr(), p.grad_final = grad_final_dense.const_data_ptr();
-    p.states = states.mutable_data_ptr(), p.grad_states = grad_states.mutable_data_ptr();
     p.grad_x = grad_x.mutable_data_ptr(), p.grad_log_a = grad_log_a.mutable_data_ptr();
     p.grad_b = grad_b.mutable_data_ptr(), p.grad_c = grad_c.mutable_data_ptr();
     p.grad_initial = grad_initial.mutable_data_ptr();
-    in.run(LM_CPU(ssd_chain), in.heads_of_rows(), chain_scratch(p));
-    in.run(LM_CPU(ssd_backward), in.groups_of_pieces(), backward_scratch(p));
-    return {grad_x, grad_log_a, grad_b, grad_c, grad_initial};
+    in.run(LM_CPU(ssd_backward), p.batch * p.groups * blocks(p), backward_scratch(p));
+    return {grad_x, grad_log_a, in.sum_blocks(grad_b), in.sum_blocks(grad_c), grad_initial};
 }
 
 }  // namespace

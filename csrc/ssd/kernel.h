@@ -5,7 +5,7 @@
 //
 //   y_i = sum_{j <= i} D_ij (C_i . B_j) x_j + e^{log_a up to i} S^T C_i       S' = e^{log_a of the piece} S + ...
 //
-// S enters a piece and S' leaves it, through a slot if the next piece belongs to the same document.
+// S enters a piece and S' leaves it, if the piece before, or the next, belongs to the same document.
 #pragma once
 
 #include <cstdint>
@@ -16,14 +16,18 @@ namespace lm::ssd {
 
 constexpr int64_t kChunk = 64;  // tokens of a piece, at most; the row length of matrices over a piece
 constexpr int64_t kBlock = 16;  // rows of a triangular matrix that are computed to the same column
+// Heads of a group that the backward takes together: B and C are read, and their gradients summed, once for all. More
+// would leave fewer tasks, and their states would fall out of the cache. Fixed: it is an order of summation.
+constexpr int64_t kHeads = 4;
 constexpr int64_t kNone = -1;
 
 struct Piece {
     int64_t row, begin, count;
-    int64_t in, out;  // the slots of the states before and after it; kNone: zero before, not needed after
+    int64_t slot;  // which of the states that enter a piece of the row enters this one; kNone: zero
+    bool leaves;   // whether the state after it is needed
 };
 
-// All arrays are contiguous and of one type, fp32, or fp64 if `f64`. Slot b is the state after row b.
+// All arrays are contiguous and of one type, fp32, or fp64 if `f64`.
 struct Params {
     bool f64;
     int64_t batch, length, heads, head_dim, groups, d_state;
@@ -34,15 +38,16 @@ struct Params {
     const void* initial_state;  // [batch, heads, d_state, head_dim] or null
     const Piece* pieces;        // in order of row and begin
     const int64_t* first;       // [batch + 1]: row b has pieces [first[b], first[b + 1])
-    void* states;               // forward: [batch, heads, d_state, padded(head_dim)]; backward: [slots, heads, ...]
-    void* y;                    // forward: as x
+    int64_t slots;              // at most so many states enter pieces of a row
+    void* states;               // forward: [batch, heads, d_state, padded(head_dim)]
+    void* y;                    // as x
     void* final_state;          // as initial_state
 
-    const void* grad_y;      // backward: as x
-    const void* grad_final;  // as initial_state
-    void* grad_states;       // as states
-    void *grad_x, *grad_log_a, *grad_b, *grad_c;
-    void* grad_initial;  // as initial_state, written even if that is null
+    const void* grad_y;         // backward: as x
+    const void* grad_final;     // as initial_state
+    void *grad_x, *grad_log_a;  // as x, as log_a
+    void *grad_b, *grad_c;      // [blocks(p), batch, length, groups, d_state]: to be summed over blocks of heads
+    void* grad_initial;         // as initial_state, written even if that is null
 };
 
 namespace {  // not shared between units, see vector.h
@@ -50,18 +55,21 @@ namespace {  // not shared between units, see vector.h
 // Rows of panels are whole vectors of every unit.
 inline int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 
+// Blocks of kHeads in a group.
+inline int64_t blocks(const Params& p) { return (p.heads / p.groups + kHeads - 1) / kHeads; }
+
 // Elements of scratch, per thread.
-inline int64_t forward_scratch(const Params& p) { return kChunk * (padded(p.head_dim) + p.d_state + 2 * kChunk); }
-inline int64_t chain_scratch(const Params& p) { return kChunk * padded(p.head_dim); }
+inline int64_t forward_scratch(const Params& p) { return kChunk * (padded(p.head_dim) + 2 * p.d_state + 2 * kChunk); }
 inline int64_t backward_scratch(const Params& p) {
-    return kChunk * (padded(p.head_dim) + 2 * p.head_dim + 2 * padded(p.d_state) + 4 * p.d_state + 3 * kChunk);
+    const int64_t states = (p.slots + 1) * kHeads * p.d_state * padded(p.head_dim);
+    const int64_t values = padded(p.head_dim) + 2 * p.head_dim, keys = 2 * padded(p.d_state) + 4 * p.d_state;
+    return states + kChunk * (values + keys + 3 * kChunk);
 }
 
 }  // namespace
 }  // namespace lm::ssd
 
-// Tasks [from, to); results do not depend on how they are split. A task is a head of a row, or a group of a piece.
+// Tasks [from, to); results do not depend on how they are split. Forward: one per row and head. Backward: one per row,
+// group and block of heads, the blocks fastest.
 LM_CPU_DECLARE(void, ssd_forward, (const lm::ssd::Params&, int64_t from, int64_t to, void* scratch))
-// The backward: first, by head, the states before pieces and their gradients; then all else, by group.
-LM_CPU_DECLARE(void, ssd_chain, (const lm::ssd::Params&, int64_t from, int64_t to, void* scratch))
 LM_CPU_DECLARE(void, ssd_backward, (const lm::ssd::Params&, int64_t from, int64_t to, void* scratch))

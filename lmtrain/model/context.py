@@ -86,7 +86,7 @@ class LocalContext:
 
     def halo(self, x: Tensor, width: int, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         left = x.new_zeros(x.shape[0], width, *x.shape[2:]) if tail is None else tail
-        return left, torch.cat([left, x], dim=1)[:, left.shape[1] + x.shape[1] - width :].contiguous()
+        return left, torch.cat([left, x[:, -width:]], dim=1)[:, -width:].contiguous()
 
     def attention(
         self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None

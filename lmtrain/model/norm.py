@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, statistics in fp32 (arXiv 1910.07467)."""
+"""The normalisation in front of every branch, and of queries and keys: a module around ``ops.rmsnorm``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from torch import Tensor, nn
 
 from lmtrain.model.branch import ParamInfo
 from lmtrain.model.init import constant
-from lmtrain.ops.op import compute_dtype
-
-
-def rms_normalise(x: Tensor, eps: float) -> Tensor:
-    """``x / rms(x)`` over the last dim, in the computing dtype."""
-    x = x.to(compute_dtype(x))
-    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
+from lmtrain.ops.rmsnorm import rmsnorm
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +19,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return (rms_normalise(x, self.eps) * self.weight).to(x.dtype)
+        return rmsnorm(x, self.weight, eps=self.eps)
 
     def param_info(self) -> dict[str, ParamInfo]:
         return {"weight": ParamInfo("norm", constant(1.0))}

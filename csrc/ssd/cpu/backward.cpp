@@ -1,4 +1,5 @@
-// The second half of the backward: the gradients of x, log_a, B and C of one piece and group, its heads in order.
+// The backward of one row, group and block of heads: forward over the pieces for the states that enter them, then back
+// over the pieces with the gradients of the states.
 //
 // With U_ij = grad_y_i . x_j, S the state before the piece and S' that after it, per head:
 //
@@ -28,17 +29,20 @@ struct Backward {
     static constexpr int lanes = kLanes<IO>;
 
     const Params& p;
-    const int64_t width = padded(p.head_dim), key_width = padded(p.d_state), key_stride = p.groups * p.d_state;
-    const int64_t value_stride = p.heads * p.head_dim;
-    // of the group; a name ending in t is transposed, its rows kChunk long
+    const int64_t width = padded(p.head_dim), key_width = padded(p.d_state), state_size = p.d_state * width;
+    const int64_t key_stride = p.groups * p.d_state, value_stride = p.heads * p.head_dim;
+    T *states, *grad_states;  // [slots, kHeads, d_state, width], [kHeads, d_state, width]
+    // of a piece and group; a name ending in t is transposed, its rows kChunk long
     T *b, *c, *bt, *ct, *scores, *grad_bt, *grad_ct, *grad_scores;
-    // of a head
-    T *grad_y, *grad_yt, *xt, *weights;
+    // of a head; values is first x, then grad_y
+    T *values, *grad_yt, *xt, *weights;
     // of a head: what tokens contribute to the gradient of log_a, as readers and writers of the piece and of states
     alignas(64) T reads[kChunk], writes[kChunk], reads_state[kChunk], writes_state[kChunk];
 
     Backward(const Params& params, T* memory) : p(params) {
         Scratch<T> scratch{memory};
+        states = scratch.take(p.slots * kHeads * state_size);
+        grad_states = scratch.take(kHeads * state_size);
         b = scratch.take(kChunk * key_width);
         c = scratch.take(kChunk * key_width);
         bt = scratch.take(kChunk * p.d_state);
@@ -48,54 +52,92 @@ struct Backward {
         scores = scratch.take(kChunk * kChunk);
         grad_scores = scratch.take(kChunk * kChunk);
         weights = scratch.take(kChunk * kChunk);
-        grad_y = scratch.take(kChunk * width);
+        values = scratch.take(kChunk * width);
         grad_yt = scratch.take(kChunk * p.head_dim);
         xt = scratch.take(kChunk * p.head_dim);
     }
 
-    void run(const Piece& piece, int64_t group) {
+    void run(int64_t row, int64_t group, int64_t block) {
+        const int64_t size = p.heads / p.groups, first_head = group * size + block * kHeads;
+        const int64_t heads = least(kHeads, size - block * kHeads), begin = p.first[row], end = p.first[row + 1];
+        const bool initial = begin == end || p.pieces[begin].slot != kNone;  // whether the state before the row acts
+        if (begin < end && initial) {
+            for (int64_t h = 0; h < heads; ++h) {
+                read_state<IO>(p, state_at(p.pieces[begin], h), p.initial_state, row, first_head + h);
+            }
+        }
+        for (int64_t k = begin; k + 1 < end; ++k) {
+            if (!p.pieces[k].leaves) continue;
+            for (int64_t h = 0; h < heads; ++h) next_state(p.pieces[k], p.pieces[k + 1], group, first_head, h);
+        }
+
+        for (int64_t h = 0; h < heads; ++h) {
+            read_state<IO>(p, grad_states + h * state_size, p.grad_final, row, first_head + h);
+        }
+        for (int64_t k = end - 1; k >= begin; --k) run_piece(p.pieces[k], group, block, first_head, heads);
+        if (!initial) std::memset(grad_states, 0, heads * state_size * sizeof(T));
+        for (int64_t h = 0; h < heads; ++h) {
+            write_state(p, p.grad_initial, row, first_head + h, grad_states + h * state_size);
+        }
+    }
+
+    T* state_at(const Piece& piece, int64_t h) const {
+        return piece.slot == kNone ? nullptr : states + (piece.slot * kHeads + h) * state_size;
+    }
+
+    Decay<IO> decay_of(const Piece& piece, int64_t head) const {
+        const T* log_a = at_piece<const T>(p, piece, p.log_a, p.heads, head, 1);
+        return Decay<IO>(log_a, p.heads, piece.count, piece.slot == kNone);
+    }
+
+    void next_state(const Piece& piece, const Piece& next, int64_t group, int64_t first_head, int64_t h) {
+        const int64_t head = first_head + h;
+        const Decay<IO> decay = decay_of(piece, head);
+        const T* x = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
+        const T* keys = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
+        pack<IO>(values, x, value_stride, piece.count, p.head_dim, decay.leave);
+        step_state<IO>(p, state_at(next, h), state_at(piece, h), decay.total(), keys, key_stride, values, piece.count);
+    }
+
+    void run_piece(const Piece& piece, int64_t group, int64_t block, int64_t first_head, int64_t heads) {
         const T* keys = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
         const T* queries = at_piece<const T>(p, piece, p.c, p.groups, group, p.d_state);
         pack<IO>(b, keys, key_stride, piece.count, p.d_state);
         pack<IO>(c, queries, key_stride, piece.count, p.d_state);
-        transpose_piece(bt, keys, key_stride, piece.count, p.d_state);
-        transpose_piece(ct, queries, key_stride, piece.count, p.d_state);
-        piece_scores<IO>(p, piece, group, bt, scores);
+        transpose_piece(bt, b, key_width, piece.count, p.d_state);
+        transpose_piece(ct, c, key_width, piece.count, p.d_state);
+        piece_scores<IO>(p, piece, bt, ct, scores);
         std::memset(grad_bt, 0, kChunk * p.d_state * sizeof(T));
         std::memset(grad_ct, 0, kChunk * p.d_state * sizeof(T));
         std::memset(grad_scores, 0, kChunk * kChunk * sizeof(T));
-
-        const int64_t heads = p.heads / p.groups;
-        for (int64_t head = group * heads; head < (group + 1) * heads; ++head) run_head(piece, head);
-        write_grad_keys(piece, group);
+        for (int64_t h = 0; h < heads; ++h) {
+            run_head(piece, first_head + h, state_at(piece, h), grad_states + h * state_size);
+        }
+        write_grad_keys(piece, group, block);
     }
 
-    const T* slot(const void* states, int64_t index, int64_t head) const {
-        if (index == kNone) return nullptr;
-        return static_cast<const T*>(states) + (index * p.heads + head) * p.d_state * width;
-    }
-
-    void run_head(const Piece& piece, int64_t head) {
-        const T* state = slot(p.states, piece.in, head);
-        const T* grad_state = slot(p.grad_states, piece.out, head);
-        const T* log_a = at_piece<const T>(p, piece, p.log_a, p.heads, head, 1);
-        const Decay<IO> decay(log_a, p.heads, piece.count, state == nullptr);
+    // `grad_state` is the gradient of the state after the piece, and becomes that of the state before it.
+    void run_head(const Piece& piece, int64_t head, const T* state, T* grad_state) {
+        const Decay<IO> decay = decay_of(piece, head);
         const T* x = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
-        pack<IO>(grad_y, at_piece<const T>(p, piece, p.grad_y, p.heads, head, p.head_dim), value_stride, piece.count,
-                 p.head_dim);
+        const T* grad_y = at_piece<const T>(p, piece, p.grad_y, p.heads, head, p.head_dim);
+        const T* leaving = piece.leaves ? grad_state : nullptr;
+        pack<IO>(values, grad_y, value_stride, piece.count, p.head_dim);
+        transpose_piece(grad_yt, values, width, piece.count, p.head_dim);
         transpose_piece(xt, x, value_stride, piece.count, p.head_dim);
 
         within_piece(piece, decay);
-        write_grad_x(piece, head, grad_state, decay);
+        write_grad_x(piece, head, leaving, decay);
         std::memset(reads_state, 0, sizeof(reads_state));
         std::memset(writes_state, 0, sizeof(writes_state));
-        if (state) {
-            transpose_piece(grad_yt, grad_y, width, piece.count, p.head_dim);
-            through_state(piece, state, grad_yt, ct, decay.enter, grad_ct, reads_state);
-        }
-        if (grad_state) through_state(piece, grad_state, xt, bt, decay.leave, grad_bt, writes_state);
         T across = 0;
-        if (state && grad_state && decay.total() != 0) across = decay.total() * dot(state, grad_state);
+        if (leaving) through_state(piece, leaving, xt, bt, decay.leave, grad_bt, writes_state);
+        if (leaving && state && decay.total() != 0) across = decay.total() * dot(state, leaving);
+        if (state) {
+            through_state(piece, state, grad_yt, ct, decay.enter, grad_ct, reads_state);
+            scale_rows<IO>(values, piece.count, width, decay.enter);
+            step_state<IO>(p, grad_state, leaving, decay.total(), c, key_width, values, piece.count);
+        }
         write_grad_log_a(piece, head, across);
     }
 
@@ -107,7 +149,7 @@ struct Backward {
         for (int64_t block = 0; block < piece.count; block += kBlock) {
             const int64_t end = least(block + kBlock, piece.count), columns = block + kBlock;
             for_tiles<IO>(block, end, columns, [&](auto& tile, int64_t i, int64_t j) LM_INLINE {
-                tile.add(grad_y + i * width, width, 1, xt + j, kChunk, p.head_dim);
+                tile.add(grad_yt + i, 1, kChunk, xt + j, kChunk, p.head_dim);
                 tile.store(weights + i * kChunk + j, kChunk);
             });
             for (int64_t i = block; i < end; ++i) {
@@ -134,21 +176,21 @@ struct Backward {
             const int64_t end = least(block + kBlock, piece.count);
             for_tiles<IO>(block, end, p.head_dim, [&](auto& tile, int64_t j, int64_t column) LM_INLINE {
                 if (grad_state) {
-                    tile.add(b + j * key_width, key_width, 1, grad_state + column, width, p.d_state);
+                    tile.add(bt + j, 1, kChunk, grad_state + column, width, p.d_state);
                     tile.scale_rows(decay.leave + j);
                 }
-                tile.add(weights + block * kChunk + j, 1, kChunk, grad_y + block * width + column, width,
+                tile.add(weights + block * kChunk + j, 1, kChunk, values + block * width + column, width,
                          piece.count - block);
                 tile.store(grad_x + j * value_stride + column, value_stride, p.head_dim - column);
             });
         }
     }
 
-    // grad_keys[n, i] += factor_i (state values)[n, i], and sums[i] = the same times keys[n, i], summed over n.
-    void through_state(const Piece& piece, const T* state, const T* values, const T* keys, const T* factor, T* grad_keys,
+    // grad_keys[n, i] += factor_i (state right)[n, i], and sums[i] = the same times keys[n, i], summed over n.
+    void through_state(const Piece& piece, const T* state, const T* right, const T* keys, const T* factor, T* grad_keys,
                        T* sums) {
         for_tiles<IO>(0, p.d_state, piece.count, [&](auto& tile, int64_t n, int64_t i) LM_INLINE {
-            tile.add(state + n * width, width, 1, values + i, kChunk, p.head_dim);
+            tile.add(state + n * width, width, 1, right + i, kChunk, p.head_dim);
             Vec sum[2] = {};  // per vector of the tile's columns
             tile.each([&](Vec& value, int r, int column) LM_INLINE {
                 const int64_t at = (n + r) * kChunk + i + column;
@@ -175,8 +217,8 @@ struct Backward {
 
     void write_grad_log_a(const Piece& piece, int64_t head, T across) {
         T* grad = at_piece<T>(p, piece, p.grad_log_a, p.heads, head, 1);
-        // Sums from the side on which they begin with 0, never totals less what has passed: where nothing reads any more
-        // the gradient is 0, not what rounding left over.
+        // Sums from the side on which they begin with 0, never totals less what has passed: where nothing reads any
+        // more the gradient is 0, not what rounding left over.
         double writers[kChunk];  // of S', before t
         double sum = 0;
         for (int64_t t = 0; t < piece.count; ++t) {
@@ -193,9 +235,10 @@ struct Backward {
     }
 
     // grad_C = grad_scores B, grad_B = grad_scores^T C, each with what came through the states.
-    void write_grad_keys(const Piece& piece, int64_t group) {
-        T* grad_b = at_piece<T>(p, piece, p.grad_b, p.groups, group, p.d_state);
-        T* grad_c = at_piece<T>(p, piece, p.grad_c, p.groups, group, p.d_state);
+    void write_grad_keys(const Piece& piece, int64_t group, int64_t block_of_heads) {
+        const int64_t offset = block_of_heads * p.batch * p.length * key_stride;
+        T* grad_b = at_piece<T>(p, piece, p.grad_b, p.groups, group, p.d_state) + offset;
+        T* grad_c = at_piece<T>(p, piece, p.grad_c, p.groups, group, p.d_state) + offset;
         transpose(grad_b, key_stride, grad_bt, kChunk, p.d_state, piece.count);
         transpose(grad_c, key_stride, grad_ct, kChunk, p.d_state, piece.count);
         for (int64_t block = 0; block < piece.count; block += kBlock) {
@@ -216,7 +259,10 @@ struct Backward {
 template <typename IO, typename T = typename IO::Compute>
 void backward(const Params& p, int64_t from, int64_t to, T* scratch) {
     Backward<IO> task(p, scratch);
-    for (int64_t index = from; index < to; ++index) task.run(p.pieces[index / p.groups], index % p.groups);
+    const int64_t count = blocks(p);
+    for (int64_t index = from; index < to; ++index) {
+        task.run(index / count / p.groups, index / count % p.groups, index % count);
+    }
 }
 
 }  // namespace

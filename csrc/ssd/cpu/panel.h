@@ -73,7 +73,8 @@ void transpose(T* to, int64_t ld_to, const T* from, int64_t ld_from, int64_t row
         }
     }
     for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c) to[c * ld_to + r] = from[r * ld_from + c];
+        const int64_t rest = r < whole_rows ? whole_columns : 0;
+        for (int64_t c = rest; c < columns; ++c) to[c * ld_to + r] = from[r * ld_from + c];
     }
 }
 

@@ -23,25 +23,28 @@ T* at_piece(const Params& p, const Piece& piece, Base* values, int64_t count, in
     return static_cast<T*>(values) + ((piece.row * p.length + piece.begin) * count + index) * width;
 }
 
-// Heads [from, to) of all rows, as body(row, from, to) with heads of one row.
-template <typename Body>
-inline void for_rows(const Params& p, int64_t from, int64_t to, const Body& body) {
-    while (from < to) {
-        const int64_t row = from / p.heads, next = least(to, (row + 1) * p.heads);
-        body(row, from - row * p.heads, next - row * p.heads);
-        from = next;
+// A state [d_state, padded(head_dim)] from and to a tensor [batch, heads, d_state, head_dim].
+template <typename IO, typename T = typename IO::Compute>
+void read_state(const Params& p, T* state, const void* from, int64_t row, int64_t head) {
+    const int64_t offset = (row * p.heads + head) * p.d_state * p.head_dim;
+    pack<IO>(state, static_cast<const T*>(from) + offset, p.head_dim, p.d_state, p.head_dim);
+}
+
+template <typename T>
+void write_state(const Params& p, void* to, int64_t row, int64_t head, const T* state) {
+    T* out = static_cast<T*>(to) + (row * p.heads + head) * p.d_state * p.head_dim;
+    for (int64_t n = 0; n < p.d_state; ++n, out += p.head_dim, state += padded(p.head_dim)) {
+        std::memcpy(out, state, p.head_dim * sizeof(T));
     }
 }
 
-// out[i, j] = C_i . B_j for j <= i, and for what else lies in the block of j's last column.
+// out[i, j] = C_i . B_j for j <= i, and for what else lies in the block of j's last column. B and C transposed.
 template <typename IO, typename T = typename IO::Compute>
-void piece_scores(const Params& p, const Piece& piece, int64_t group, const T* b_transposed, T* out) {
-    const T* c = at_piece<const T>(p, piece, p.c, p.groups, group, p.d_state);
-    const int64_t stride = p.groups * p.d_state;
+void piece_scores(const Params& p, const Piece& piece, const T* bt, const T* ct, T* out) {
     for (int64_t block = 0; block < piece.count; block += kBlock) {
         const int64_t end = least(block + kBlock, piece.count);
         for_tiles<IO>(block, end, block + kBlock, [&](auto& tile, int64_t i, int64_t j) LM_INLINE {
-            tile.add(c + i * stride, stride, 1, b_transposed + j, kChunk, p.d_state);
+            tile.add(ct + i, 1, kChunk, bt + j, kChunk, p.d_state);
             tile.store(out + i * kChunk + j, kChunk);
         });
     }

@@ -18,9 +18,9 @@ from lmtrain.errors import UsageError
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, fan_in_uniform, log_uniform_range, softplus_inverse_of_log_uniform
-from lmtrain.model.norm import rms_normalise
 from lmtrain.ops import causal_conv1d, ssd
 from lmtrain.ops.op import compute_dtype
+from lmtrain.ops.rmsnorm import rmsnorm
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class DecayRate(nn.Module):
 
 
 class Skip(nn.Module):
-    """``D x`` per head, D always fp32."""
+    """Adds ``D x`` per head, D always fp32."""
 
     keeps_fp32 = True
 
@@ -116,9 +116,9 @@ class Skip(nn.Module):
         super().__init__()
         self.D = nn.Parameter(torch.empty(num_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, H, P]`` to the same shape in the computing dtype."""
-        return self.D[:, None] * x.to(compute_dtype(x))
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y + D x``, all ``[B, T, H, P]``; y in the computing dtype."""
+        return torch.addcmul(y, self.D[:, None], x.to(y.dtype))
 
 
 @register("mamba2")
@@ -160,8 +160,7 @@ class Mamba2(Branch):
         dt, log_a = self.decay(self.dt(x))
         scaled = values.to(dt.dtype) * dt[..., None]
         y, ssm = ctx.scan(ssd, scaled, log_a, b, c, initial_state=state.get("ssm"), chunk=cfg.chunk)
-        y = (y + self.skip(values)).flatten(2) * F.silu(z.to(y.dtype))
-        y = rms_normalise(y.unflatten(-1, (cfg.num_groups, -1)), cfg.norm_eps).flatten(2) * self.norm
+        y = rmsnorm(self.skip(y, values).flatten(2), self.norm, eps=cfg.norm_eps, gate=z, num_groups=cfg.num_groups)
         return self.o(y.to(x.dtype)), {"conv": tail, "ssm": ssm} if ctx.carries else {}, {}
 
     def param_info(self) -> dict[str, ParamInfo]:
