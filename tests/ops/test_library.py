@@ -136,4 +136,5 @@ def test_vector_units_share_no_code() -> None:
         pytest.skip("no object files: the library was not built in this tree")
     listed = subprocess.run(["nm", "-C", *map(str, objects)], capture_output=True, text=True, check=True).stdout
     weak = [line for line in listed.splitlines() if line[17:18] in "VWuvw" and line.strip()]
-    assert [line for line in weak if line[17:18].strip()] == []
+    # DW.ref.*: a pointer to the C++ runtime's handler of exceptions, the same in every unit
+    assert [line for line in weak if line[17:18].strip() and "DW.ref." not in line] == []
