@@ -11,7 +11,15 @@ import pytest
 # helpers beside the tests are imported as `tests.…`, here and in spawned ranks, whatever started pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from lmtrain.ops import library
 from tests.distributed.ranks import Ranks
+
+
+@pytest.fixture(autouse=True)
+def every_kernel() -> Iterator[None]:
+    """A run started in this process may have chosen kernels: the next test begins as a new process would."""
+    yield
+    library.set_kernels("auto")
 
 
 @pytest.fixture(scope="session")

@@ -17,11 +17,10 @@ from lmtrain.model.branch import branch_class
 from lmtrain.model.config import ModelConfig
 from lmtrain.parallel.config import ClusterConfig, MeshConfig
 
-KEPT = {"token": 1.5, "scan": 7.0, "heads": 2.0, "serial": 7.0}
+KEPT = {"token": 1.2, "scan": 2.1, "heads": 1.2, "serial": 2.1}
 """Values a branch keeps for the backward pass, per token and per column of its projections (parameters / d_model), by
-``Branch.sp``. Measured on the reference ops with saved-tensor hooks; tests/plan hold the estimate to them."""
-KEPT_SCORES = 2.5
-"""Values kept per query head and key by the reference attention, which holds the scores; a fused kernel keeps none."""
+``Branch.sp``. Measured with saved-tensor hooks on the backends that ``kernels=auto`` takes for fp32 on a CPU (tests/plan
+hold the estimate to them). The reference ops keep several times as much: attention its scores, ssd its decays."""
 LOGIT_COPIES = 3
 """fp32 copies of the logits alive at once: themselves (or their cast), the softmax, the gradient."""
 
@@ -70,7 +69,7 @@ def estimate(
         gradients=shard,
         optimizer=2 * shard,
         gathered=2 * _gathered_params(model, total, cluster) * dtype.itemsize,
-        activations=columns * _kept_per_token(model, seq_len, cluster.activation_checkpointing) * wide,
+        activations=columns * _kept_per_token(model, cluster.activation_checkpointing) * wide,
         logits=LOGIT_COPIES * columns * vocab_size * wide,
     )
 
@@ -83,17 +82,15 @@ def _gathered_params(model: ModelConfig, total: int, cluster: ClusterConfig) -> 
     return total - sum(sizes) + sum(sizes[:2])
 
 
-def _kept_per_token(model: ModelConfig, seq_len: int, checkpointing: bool) -> int:
+def _kept_per_token(model: ModelConfig, checkpointing: bool) -> int:
     """Values per token: every branch's input and inner ones; recomputed branches keep theirs one at a time."""
-    inner = [branch_values(model.branches[name], model.d_model, seq_len) for name in model.order()]
+    inner = [branch_values(model.branches[name], model.d_model) for name in model.order()]
     residual = 2 * model.d_model  # the block's input and its normalised copy
     if checkpointing:
         return len(inner) * model.d_model + residual + max(inner)
     return sum(inner) + len(inner) * residual
 
 
-def branch_values(settings: Any, d_model: int, seq_len: int) -> int:
+def branch_values(settings: Any, d_model: int) -> int:
     """Values one branch keeps per token, besides its input."""
-    sp = branch_class(settings.kind).sp
-    values = KEPT[sp] * settings.num_params(d_model, active=True) / d_model
-    return round(values + (KEPT_SCORES * settings.num_heads * seq_len if sp == "heads" else 0))
+    return round(KEPT[branch_class(settings.kind).sp] * settings.num_params(d_model, active=True) / d_model)

@@ -24,7 +24,11 @@ TABLE = [
         r"cluster error: no cluster is named laptp in \S*cluster; did you mean laptop\?",
     ),
     (None, "recipe=no/such.yaml", r"recipe error: no/such\.yaml: no such file"),
-    (None, "seed=1", r"command line: no recipe=NAME or recipe=PATH; known: demo, tiny"),
+    (
+        None,
+        "seed=1",
+        r"command line: no recipe=NAME or recipe=PATH; known: demo, hybrid-moe-1b, llama-1b, .*",
+    ),
     # unknown keys
     ("trian: {lr: 1}", "", r"recipe error: x\.yaml: trian: unknown key; did you mean train\?"),
     ("train: {stepz: 1}", "", r"recipe error: x\.yaml: train\.stepz: unknown key; did you mean steps\?"),

@@ -51,7 +51,7 @@ def test_overview_teaches(argv: list[str]) -> None:
     for section in SECTIONS:
         assert all(f"    {key}" in page for key in keys(section))
     assert all(f"recipe={name}" in page for name in names("recipe"))
-    assert "A small hybrid (Mamba-2 + attention)" in page
+    assert "A small hybrid (Mamba-2, attention, mixture of experts)" in page
     assert "cluster=laptop" in page
 
 

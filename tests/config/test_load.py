@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import lmtrain
 from lmtrain.config import files
 from lmtrain.config.files import names
 from lmtrain.config.load import load
@@ -38,7 +39,7 @@ def test_every_line_of_a_shipped_file_is_commented() -> None:
 def test_recipes_are_found_in_a_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "lmtrain" / "recipes" / "cluster").mkdir(parents=True)
     (tmp_path / "lmtrain" / "recipes" / "own.yaml").write_text("", encoding="utf-8")
-    monkeypatch.setattr(files.resources, "files", lambda package: tmp_path / package)
+    monkeypatch.setattr(lmtrain, "__path__", [str(tmp_path / "lmtrain")])
     assert files.names("recipe") == ["own"]
     assert files.folder("cluster") == tmp_path / "lmtrain" / "recipes" / "cluster"
 
@@ -115,7 +116,7 @@ def test_the_written_recipe_loads_to_an_equal_one(write: Write, extra: list[str]
     text = render(recipe)
     write("recipe.yaml", text)
     assert load(["recipe=recipe.yaml"]).recipe == recipe
-    assert "seq_len: 512  # Tokens in a row." in text
+    assert "seq_len: 256  # Tokens in a row." in text
 
 
 def test_format_1_keeps_loading() -> None:
