@@ -19,8 +19,8 @@ from lmtrain.parallel.config import ClusterConfig, MeshConfig
 
 KEPT = {"token": 1.2, "scan": 2.1, "heads": 1.2, "serial": 2.1}
 """Values a branch keeps for the backward pass, per token and per column of its projections (parameters / d_model), by
-``Branch.sp``. Measured with saved-tensor hooks on the backends that ``kernels=auto`` takes for fp32 on a CPU (tests/plan
-hold the estimate to them). The reference ops keep several times as much: attention its scores, ssd its decays."""
+``Branch.sp``. Measured with saved-tensor hooks on the backends that ``kernels=auto`` takes for fp32 on a CPU, to which
+tests/plan hold the estimate. The reference ops keep several times as much: attention its scores, ssd its decays."""
 LOGIT_COPIES = 3
 """fp32 copies of the logits alive at once: themselves (or their cast), the softmax, the gradient."""
 
