@@ -124,6 +124,7 @@ def train(case: Case) -> Tensor:
             z_loss=Z_LOSS,
         )
         told = []
+        used: dict[int, Tensor | int] = {}
         rows = ROWS // mesh.data_size // case.accumulation
         for step in range(case.steps):
             first = mesh.data_rank * case.accumulation
@@ -132,6 +133,9 @@ def train(case: Case) -> Tensor:
             micro_batches = [part.cut(mesh.sequence_rank, mesh.sp) for part in parts]
             info = engine.train_step(micro_batches, LR, torch.zeros(2, dtype=torch.int64))
             told.append((info.loss, info.grad_norm))
+            for place, load in info.router_load.items():
+                used[place] = used.get(place, 0) + load
+    assert used and all(bool((load > 0).all()) for load in used.values()), "every expert must take part"
     return torch.tensor(told, dtype=torch.float64)
 
 

@@ -18,6 +18,7 @@ from lmtrain.engine.optimizer import OptimizerConfig
 from lmtrain.model.branch import Place, branch_class
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
+from lmtrain.model.ffn.moe import MoEConfig
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.ops.documents import Documents
@@ -33,6 +34,7 @@ BRANCHES: dict[str, Any] = {
     "mamba2": Mamba2Config(d_state=4, head_dim=8),
     "attention": AttentionConfig(num_heads=4, num_kv_heads=2),
     "mlp": MLPConfig(d_ff=32),
+    "moe": MoEConfig(num_experts=4, top_k=2, d_expert=8, num_shared=1),
 }
 
 
@@ -88,7 +90,7 @@ def test_the_measurement_sees_what_grows(ranks: Ranks) -> None:
 
 def held(mesh: MeshConfig) -> dict[str, tuple[int, int]]:
     """Elements of every parameter and moment on this rank, and in all."""
-    model = ModelConfig(D_MODEL, BRANCHES, "2 * (mamba2 mlp attention)")
+    model = ModelConfig(D_MODEL, BRANCHES, "2 * (mamba2 mlp attention moe)")
     engine = FSDPEngine(
         model,
         64,
@@ -100,7 +102,8 @@ def held(mesh: MeshConfig) -> dict[str, tuple[int, int]]:
         seed=0,
     )
     tensors, _ = engine.state_dict()
-    assert sum(t.numel() for name, t in tensors.items() if name.startswith("model.")) == model.num_params(64)
+    own = sum(t.numel() for name, t in tensors.items() if name.startswith("model.") and "router_bias" not in name)
+    assert own == model.num_params(64)
     return {name: (t.to_local().numel(), t.numel()) for name, t in tensors.items() if isinstance(t, DTensor)}
 
 
@@ -116,3 +119,15 @@ def test_parameters_and_moments_are_halved(ranks: Ranks, axes: dict[str, int]) -
 def test_replicas_hold_everything(ranks: Ranks) -> None:
     for rank in ranks.run(2, held, MeshConfig(dp_replicate=2, dp_shard=1)):
         assert all(local == whole for local, whole in rank.values())
+
+
+@pytest.mark.parametrize("axes", [{"dp_shard": 2, "ep": 2}, {"dp_shard": 1, "sp": 2, "ep": 2}], ids=str)
+def test_a_rank_holds_its_part_of_the_experts(ranks: Ranks, axes: dict[str, int]) -> None:
+    """ep=2 of two ranks: half of the experts each, whole; the rest is sharded as without ep."""
+    for rank in ranks.run(2, held, MeshConfig(**axes)):
+        experts = {name: sizes for name, sizes in rank.items() if ".experts." in name}
+        assert len(experts) == 2 * 3 * 3  # branches x matrices x (weight and two moments)
+        assert all(2 * local == whole for local, whole in experts.values())
+        others = [sizes for name, sizes in rank.items() if ".experts." not in name]
+        local, whole = (sum(values) for values in zip(*others, strict=True))
+        assert abs(local / whole - 0.5) < 0.01
