@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "common/cpu_unit.h"
+#include "simd/unit.h"
 
 namespace lm::delta {
 
@@ -33,7 +33,7 @@ struct Params {
     void* grad_initial;  // as final_state, written even if there is none
 };
 
-namespace {  // not shared between units, see common/vector.h
+namespace {  // not shared between units, see simd/vector.h
 
 // Rows of states are whole vectors of every unit.
 inline int64_t padded(int64_t columns) { return (columns + 15) / 16 * 16; }

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "common/cpu_unit.h"
+#include "simd/unit.h"
 
 namespace lm::diag_scan {
 

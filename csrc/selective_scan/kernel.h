@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "common/cpu_unit.h"
+#include "simd/unit.h"
 
 namespace lm::selective_scan {
 

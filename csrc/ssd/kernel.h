@@ -10,7 +10,7 @@
 
 #include <cstdint>
 
-#include "common/cpu_unit.h"
+#include "simd/unit.h"
 
 namespace lm::ssd {
 

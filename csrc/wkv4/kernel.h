@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/cpu_unit.h"
+#include "simd/unit.h"
 
 namespace lm::wkv4 {
 

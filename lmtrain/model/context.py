@@ -38,7 +38,9 @@ class Context(Protocol):
     notes: dict[Key, Tensor]
     losses: dict[Key, Tensor]
 
-    def scan(self, op: AffineOp, *inputs: Tensor, initial_state: Tensor | None, **static: Any) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, op: AffineOp, *inputs: Tensor | None, initial_state: Tensor | None, **static: Any
+    ) -> tuple[Tensor, Tensor]:
         """y of this shard, and the state after the row's last column (equal on all ranks of the row)."""
 
     def halo(self, x: Tensor, width: int, tail: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -78,9 +80,11 @@ class LocalContext:
         self.notes: dict[Key, Tensor] = {}
         self.losses: dict[Key, Tensor] = {}
 
-    def scan(self, op: AffineOp, *inputs: Tensor, initial_state: Tensor | None, **static: Any) -> tuple[Tensor, Tensor]:
-        if self.phase == "decode" and initial_state is not None and inputs[0].shape[1] == 1:
-            y, state = op.step(*(t[:, 0] for t in inputs), state=op.drop(initial_state, self.docs.before))
+    def scan(
+        self, op: AffineOp, *inputs: Tensor | None, initial_state: Tensor | None, **static: Any
+    ) -> tuple[Tensor, Tensor]:
+        if self.phase == "decode" and initial_state is not None and self.positions.shape[1] == 1:
+            y, state = op.step(*op.at(0, *inputs), state=op.drop(initial_state, self.docs.before))
             return y[:, None], state
         return op(*inputs, docs=self.docs, initial_state=initial_state, **static)
 

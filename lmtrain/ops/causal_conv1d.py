@@ -7,16 +7,14 @@ where columns left of the row come from the carried tail, and a column of anothe
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import Cost, Op, check_shape, compute_dtype
+from lmtrain.ops.op import Cost, Op, check_row, check_shape, compute_dtype
 
 ACTIVATIONS = ("none", "silu")
 MAX_WIDTH = 16
@@ -94,10 +92,8 @@ def _check(
     activation: str,
 ) -> None:
     name = CausalConv1d.name
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: x: expected a floating dtype, got {x.dtype}")
     check_shape(name, "x", x, (None, None, None))
-    batch, length, channels = x.shape
+    batch, _, channels = x.shape
     check_shape(name, "weight", weight, (channels, None))
     width = weight.shape[1]
     if not 1 <= width <= MAX_WIDTH:
@@ -108,68 +104,17 @@ def _check(
         check_shape(name, "initial_state", tail, (batch, width - 1, channels))
         if tail.dtype != x.dtype:
             raise ValueError(f"{name}: initial_state: expected dtype {x.dtype} as x, got {tail.dtype}")
-    if docs is not None:
-        check_shape(name, "docs.ids", docs.ids, (batch, length))
-    others = {"weight": weight, "bias": bias, "initial_state": tail, "docs": None if docs is None else docs.ids}
-    for argument, other in others.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name}: {argument}: expected device {x.device} as x, got {other.device}")
+    check_row(name, "x", x, docs, weight=weight, bias=bias, initial_state=tail)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}: activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+def _outputs(x: Tensor, weight: Tensor, *_: object) -> tuple[Like, ...]:
+    return x, (x, (x.shape[0], weight.shape[1] - 1, x.shape[2]))
 
 
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None:
-        _register_native()
-    return reason
+def _gradients(x: Tensor, weight: Tensor, *_: object) -> tuple[Like | None, ...]:
+    return x, weight, (weight, weight.shape[:1]), None, _outputs(x, weight)[1], None
 
 
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::causal_conv1d", _fake_forward)
-    torch.library.register_fake("lmtrain::causal_conv1d_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::causal_conv1d", _backward, setup_context=_save)
-
-
-def _fake_forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor | None, tail: Tensor | None, activation: str
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
-
-
-def _fake_backward(
-    grad_y: Tensor,
-    grad_tail: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor | None,
-    tail: Tensor | None,
-    activation: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    state = x.new_empty(x.shape[0], weight.shape[1] - 1, x.shape[2])
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[0]), state
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.activation = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_tail: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    _, _, bias, _, tail = saved
-    backward = torch.ops.lmtrain.causal_conv1d_backward
-    grad_x, grad_weight, grad_bias, grad_initial = backward(grad_y, grad_tail, *saved, ctx.activation)
-    return grad_x, grad_weight, None if bias is None else grad_bias, None, None if tail is None else grad_initial, None
-
-
-library.register(
-    CausalConv1d.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
-    library.Backend("reference"),
-)
+library.register(CausalConv1d.name, compiled(CausalConv1d.name, _outputs, _gradients), library.Backend("reference"))

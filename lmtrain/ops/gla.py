@@ -9,7 +9,6 @@ state ``[B, H, K, V]``. A document's first token sees S_{t-1} = 0.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,18 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, check_shape, compute_dtype
-
-
-def _starts(v: Tensor, docs: Documents | None) -> Tensor:
-    return v.new_zeros(v.shape[:2], dtype=torch.bool) if docs is None else docs.starts()
-
-
-def _scale(factor: Tensor, state: Tensor) -> Tensor:
-    """Row k of ``state`` ``[..., K, V]`` times ``factor`` ``[..., K]``, 0 where that is 0, even of infinities."""
-    factor = factor[..., None]
-    return torch.where(factor == 0, state.new_zeros(()), factor * state)
+from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, compute_dtype, scaled, starts_of
 
 
 def _previous(t: Tensor, dim: int) -> Tensor:
@@ -44,7 +34,7 @@ def recurrence(
     values, queries, keys, decay = v.to(dtype), q.to(dtype), k.to(dtype), g.to(dtype).exp()
     state = values.new_zeros(v.shape[0], v.shape[2], k.shape[3], v.shape[3])
     state = state if initial_state is None else initial_state.to(dtype)
-    starts = _starts(v, docs)[:, :, None, None, None]
+    starts = starts_of(v, docs)[:, :, None, None, None]
     outputs = []
     for t in range(v.shape[1]):
         old = torch.where(starts[:, t], state.new_zeros(()), state)
@@ -81,7 +71,9 @@ def chunked(
         return t.reshape(batch, count, chunk, heads, t.shape[3]).transpose(2, 3)
 
     values, queries, keys, logs = (chunks(t) for t in (v, q, k, g))
-    run = F.pad(_starts(v, docs).int(), (0, pad)).reshape(batch, count, chunk).cumsum(dim=2)  # documents opened so far
+    run = (
+        F.pad(starts_of(v, docs).int(), (0, pad)).reshape(batch, count, chunk).cumsum(dim=2)
+    )  # documents opened so far
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=v.device).tril(-1)
     same = (run[:, :, :, None] == run[:, :, None, :])[:, :, None, :, :, None]  # [B, n, 1, Q, Q, 1]
     earlier = same & lower[:, :, None]
@@ -109,7 +101,7 @@ def chunked(
     entering = []
     for factor, added in zip(gamma.unbind(dim=1), ends.unbind(dim=1), strict=True):
         entering.append(state)
-        state = _scale(factor, state) + added
+        state = scaled(factor[..., None], state) + added
     if count:
         y = y + enter @ torch.stack(entering, dim=1)
     y = y.transpose(2, 3).reshape(batch, count * chunk, heads, width)[:, :length]
@@ -126,6 +118,7 @@ class GLA(AffineOp):
     name = "gla"
     kind = "vector"
     needs_state = False
+    timeless = frozenset({4})
 
     def __call__(
         self,
@@ -159,13 +152,13 @@ class GLA(AffineOp):
         """``[B, H, K]``: e to the summed log decay."""
         v, _, _, g, _ = _check(inputs, docs, None)
         total = g.to(compute_dtype(v)).sum(dim=1).exp()
-        return torch.where(_starts(v, docs).any(dim=1)[:, None, None], total.new_zeros(()), total)
+        return torch.where(starts_of(v, docs).any(dim=1)[:, None, None], total.new_zeros(()), total)
 
     def apply(self, gamma: Tensor, state: Tensor) -> Tensor:
-        return _scale(gamma, state)
+        return scaled(gamma[..., None], state)
 
     def transpose(self, gamma: Tensor, grad: Tensor) -> Tensor:
-        return _scale(gamma, grad)
+        return scaled(gamma[..., None], grad)
 
     def outer(self, grad: Tensor, state: Tensor) -> Tensor:
         return (grad * state).sum(dim=-1)
@@ -174,7 +167,7 @@ class GLA(AffineOp):
         v, q, _, g, u = _check(inputs, docs, incoming)
         if docs is not None and v.shape[1]:
             incoming = self.drop(incoming, docs.before)
-        carried = (_starts(v, docs).cumsum(dim=1) == 0)[:, :, None, None]
+        carried = (starts_of(v, docs).cumsum(dim=1) == 0)[:, :, None, None]
         zero = incoming.new_zeros(())
         entered = torch.where(carried, g.to(incoming.dtype), zero).cumsum(dim=1)
         entered = entered if u is None or not v.shape[1] else _previous(entered, 1)
@@ -206,8 +199,6 @@ def _check(
     if len(inputs) != 5 or any(t is None for t in inputs[:4]):
         raise ValueError("gla: inputs: expected (v, q, k, g, u), of which u may be None")
     (v, q, k, g), u = (t for t in inputs[:4] if t is not None), inputs[4]
-    if not v.is_floating_point():
-        raise ValueError(f"gla: v: expected a floating dtype, got {v.dtype}")
     check_shape("gla", "v", v, (None, None, None, None))
     batch, length, heads, width = v.shape
     check_shape("gla", "q", q, (batch, length, heads, None))
@@ -217,58 +208,16 @@ def _check(
         check_shape("gla", "u", u, (heads, q.shape[3]))
     if initial_state is not None:
         check_shape("gla", "initial_state", initial_state, (batch, heads, q.shape[3], width))
-    if docs is not None:
-        check_shape("gla", "docs.ids", docs.ids, (batch, length))
-    ids = None if docs is None else docs.ids
-    for argument, other in {"q": q, "k": k, "g": g, "u": u, "initial_state": initial_state, "docs": ids}.items():
-        if other is not None and other.device != v.device:
-            raise ValueError(f"gla: {argument}: expected device {v.device} as v, got {other.device}")
+    check_row("gla", "v", v, docs, q=q, k=k, g=g, u=u, initial_state=initial_state)
     return v, q, k, g, u
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+def _outputs(v: Tensor, q: Tensor, *_: Tensor | None) -> tuple[Like, ...]:
+    return v, (v, (v.shape[0], v.shape[2], q.shape[3], v.shape[3]))
 
 
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None and not hasattr(torch.ops.lmtrain, GLA.name):
-        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
-    if reason is None:
-        _register_native()
-    return reason
+def _gradients(v: Tensor, q: Tensor, k: Tensor, g: Tensor, *_: Tensor | None) -> tuple[Like | None, ...]:
+    return v, q, k, g, (v, (v.shape[0], *q.shape[2:])), None, _outputs(v, q)[1]
 
 
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::gla", _fake_forward)
-    torch.library.register_fake("lmtrain::gla_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::gla", _backward, setup_context=_save)
-
-
-def _fake_forward(v: Tensor, q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-
-
-def _fake_backward(
-    grad_y: Tensor, grad_state: Tensor, v: Tensor, q: Tensor, *rest: Tensor | None
-) -> tuple[Tensor, ...]:
-    bonus = (v.shape[0], *q.shape[2:])
-    return tuple(v.new_empty(shape) for shape in (v.shape, q.shape, q.shape, q.shape, bonus, grad_state.shape))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    *grads, grad_u, grad_initial = torch.ops.lmtrain.gla_backward(grad_y, grad_state, *saved)
-    grad_u = None if saved[4] is None else grad_u.sum(dim=0)
-    return *grads, grad_u, None, None if saved[-1] is None else grad_initial
-
-
-library.register(
-    GLA.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
-    library.Backend("reference"),
-)
+library.register(GLA.name, compiled(GLA.name, _outputs, _gradients), library.Backend("reference"))

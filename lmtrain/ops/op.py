@@ -54,6 +54,7 @@ class AffineOp(Op):
 
     kind: ClassVar[Literal["diag", "scalar", "vector", "matrix", "block", "lse"]]
     needs_state: ClassVar[bool]
+    timeless: ClassVar[frozenset[int]] = frozenset()  # the inputs without a T dim: parameters of the recurrence
 
     @abstractmethod
     def gamma(self, *inputs: Tensor | None, docs: Documents | None = None) -> Tensor:
@@ -61,7 +62,17 @@ class AffineOp(Op):
 
     @abstractmethod
     def apply(self, gamma: Tensor, state: Tensor) -> Tensor:
-        """``gamma . state``: one step of the fold over spans. Where gamma is 0 the result is 0, whatever the state."""
+        """``gamma . state``: what is left of a state. Where gamma is 0 the result is 0, whatever the state."""
+
+    def combine(self, gamma: Tensor, state: Tensor, added: Tensor) -> Tensor:
+        """The state after a span ``(gamma, added)`` that ``state`` enters: one step of the fold over spans."""
+        return self.apply(gamma, state) + added
+
+    def combine_backward(
+        self, grad: Tensor, gamma: Tensor, state: Tensor, added: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients of gamma, state and added from that of ``combine``: one step of the reverse fold."""
+        return self.outer(grad, state), self.transpose(gamma, grad), grad
 
     def drop(self, state: Tensor, before: Tensor) -> Tensor:
         """``state`` ``[B, ...]`` with the rows zeroed whose column 0 starts a document (``before`` ``[B]`` is 0)."""
@@ -70,7 +81,7 @@ class AffineOp(Op):
 
     @abstractmethod
     def transpose(self, gamma: Tensor, grad: Tensor) -> Tensor:
-        """``gamma^T . grad``: one step of the reverse fold."""
+        """``gamma^T . grad``: the gradient of a state from that of what is left of it."""
 
     @abstractmethod
     def outer(self, grad: Tensor, state: Tensor) -> Tensor:
@@ -88,10 +99,39 @@ class AffineOp(Op):
     def step(self, *inputs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
         """One token of decode: inputs without the T dim, the state in and out."""
 
+    def at(self, token: int, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The inputs of ``step`` at one column; those that have no T dim, or are None, as they are."""
+        return tuple(t if t is None or i in self.timeless else t[:, token] for i, t in enumerate(inputs))
+
 
 def compute_dtype(values: Tensor) -> torch.dtype:
     """The dtype an op computes in, and keeps its state in: fp32, or fp64 for fp64 values."""
     return torch.promote_types(values.dtype, torch.float32)
+
+
+def starts_of(values: Tensor, docs: Documents | None) -> Tensor:
+    """bool ``[B, T]``: where a document starts, for values ``[B, T, ...]``."""
+    return values.new_zeros(values.shape[:2], dtype=torch.bool) if docs is None else docs.starts()
+
+
+def scaled(factor: Tensor, state: Tensor) -> Tensor:
+    """``factor * state``, 0 where the factor is 0, even of infinities and in the gradients."""
+    return factor * torch.where(factor == 0, state.new_zeros(()), state)
+
+
+def check_row(op: str, argument: str, values: Tensor, docs: Documents | None, **others: Tensor | None) -> None:
+    """Raise ValueError unless ``values`` ``[B, T, ...]`` is floating, ``docs`` is of its rows, and all share a device.
+
+    others: the other tensors, by the names of their arguments.
+    """
+    if not values.is_floating_point():
+        raise ValueError(f"{op}: {argument}: expected a floating dtype, got {values.dtype}")
+    if docs is not None:
+        check_shape(op, "docs.ids", docs.ids, tuple(values.shape[:2]))
+        others["docs"] = docs.ids
+    for name, other in others.items():
+        if other is not None and other.device != values.device:
+            raise ValueError(f"{op}: {name}: expected device {values.device} as {argument}, got {other.device}")
 
 
 def check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:

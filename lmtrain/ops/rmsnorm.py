@@ -5,7 +5,6 @@ u = x * silu(gate), or x without a gate          y = u * (mean_group(u^2) + eps)
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.ops import library
-from lmtrain.ops.op import Cost, check_shape, compute_dtype
+from lmtrain.ops.compiled import Like, compiled
+from lmtrain.ops.op import Cost, check_row, check_shape, compute_dtype
 
 
 class RMSNorm:
@@ -60,8 +60,6 @@ rmsnorm = RMSNorm()
 
 def _check(x: Tensor, weight: Tensor, gate: Tensor | None, num_groups: int) -> None:
     name = RMSNorm.name
-    if not x.is_floating_point():
-        raise ValueError(f"{name}: x: expected a floating dtype, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"{name}: x: expected shape [..., D] with D at least 1, got {list(x.shape)}")
     check_shape(name, "weight", weight, (x.shape[-1],))
@@ -69,56 +67,26 @@ def _check(x: Tensor, weight: Tensor, gate: Tensor | None, num_groups: int) -> N
         check_shape(name, "gate", gate, tuple(x.shape))
     if num_groups < 1 or x.shape[-1] % num_groups:
         raise ValueError(f"{name}: num_groups: expected a divisor of the last dim {x.shape[-1]}, got {num_groups}")
-    for argument, other in {"weight": weight, "gate": gate}.items():
-        if other is not None and other.device != x.device:
-            raise ValueError(f"{name}: {argument}: expected device {x.device} as x, got {other.device}")
+    check_row(name, "x", x, None, weight=weight, gate=gate)
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+def _outputs(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, num_groups: int) -> tuple[Like, ...]:
+    return x, (weight, (x.numel() // x.shape[-1], num_groups))
 
 
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None and not hasattr(torch.ops.lmtrain, RMSNorm.name):
-        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
-    if reason is None:
-        _register_native()
-    return reason
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    x, weight, gate, _, num_groups = inputs
+    return x, weight, gate, outputs[1], num_groups
 
 
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::rmsnorm", _fake_forward)
-    torch.library.register_fake("lmtrain::rmsnorm_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::rmsnorm", _backward, setup_context=_save)
-
-
-def _fake_forward(x: Tensor, weight: Tensor, gate: Tensor | None, eps: float, num_groups: int) -> tuple[Tensor, Tensor]:
-    rows = x.numel() // x.shape[-1]
-    return x.new_empty(x.shape), weight.new_empty(rows, num_groups)
-
-
-def _fake_backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, gate: Tensor | None, rstd: Tensor, num_groups: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(0 if gate is None else x.shape)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight, gate, _, ctx.num_groups = inputs
-    rstd = output[1]
-    ctx.mark_non_differentiable(rstd)
-    ctx.save_for_backward(x, weight, gate, rstd)
-
-
-def _backward(ctx: Any, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    grad_x, grad_weight, grad_gate = torch.ops.lmtrain.rmsnorm_backward(grad_y, *saved, ctx.num_groups)
-    return grad_x, grad_weight, None if saved[2] is None else grad_gate, None, None
+def _gradients(
+    x: Tensor, weight: Tensor, gate: Tensor | None, rstd: Tensor, num_groups: int
+) -> tuple[Like | None, ...]:
+    return x, weight, (x, (0,)) if gate is None else gate, None, None
 
 
 library.register(
     RMSNorm.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
+    compiled(RMSNorm.name, _outputs, _gradients, returned=1, saved=_saved),
     library.Backend("reference"),
 )

@@ -9,21 +9,17 @@ unique: compare a / b and p + log b. A state with b = 0 is empty, whatever p, so
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, Span, check_shape, compute_dtype
+from lmtrain.ops.op import AffineOp, Cost, Span, check_row, check_shape, compute_dtype, starts_of
 
 EMPTY = -1e38  # p of an empty state: below all others, and finite, for its difference to itself
-
-
-def _starts(v: Tensor, docs: Documents | None) -> Tensor:
-    return v.new_zeros(v.shape[:2], dtype=torch.bool) if docs is None else docs.starts()
 
 
 def _merge(a1: Tensor, b1: Tensor, p1: Tensor, a2: Tensor, b2: Tensor, p2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,7 +43,7 @@ def recurrence(
     dtype = compute_dtype(v)
     values, keys, decay, bonus = (t.to(dtype) for t in (v, k, w, u))
     state = values.new_zeros(v.shape[0], 3, v.shape[2]) if initial_state is None else initial_state.to(dtype)
-    starts = _starts(v, docs)[:, :, None, None]
+    starts = starts_of(v, docs)[:, :, None, None]
     outputs = []
     for t in range(v.shape[1]):
         a, b, p = _unpack(torch.where(starts[:, t], state.new_zeros(()), state))
@@ -67,7 +63,7 @@ def chunked(
     dtype = compute_dtype(v)
     values, keys, decay, bonus = (t.to(dtype) for t in (v, k, w, u))
     state = values.new_zeros(v.shape[0], 3, v.shape[2]) if initial_state is None else initial_state.to(dtype)
-    starts = _starts(v, docs)
+    starts = starts_of(v, docs)
     column = torch.arange(chunk, device=v.device)
     age = (column[:, None] - 1 - column)[..., None]  # [reader, writer, 1]: steps of decay in between
     hidden = values.new_full((), -float("inf"))
@@ -118,6 +114,7 @@ class WKV4(AffineOp):
     name = "wkv4"
     kind = "lse"
     needs_state = True
+    timeless = frozenset({2, 3})
 
     def __call__(
         self,
@@ -150,7 +147,7 @@ class WKV4(AffineOp):
     def span(self, *inputs: Tensor | None, docs: Documents | None = None) -> Span:
         v, k, w, _ = _check(inputs, docs, None)
         dtype = compute_dtype(v)
-        return Span(*_summary(v.to(dtype), k.to(dtype), w.to(dtype), _starts(v, docs)))
+        return Span(*_summary(v.to(dtype), k.to(dtype), w.to(dtype), starts_of(v, docs)))
 
     def combine(self, gamma: Tensor, state: Tensor, added: Tensor) -> Tensor:
         """The state after a span ``(gamma, added)`` that ``state`` enters."""
@@ -199,8 +196,6 @@ def _check(
     if len(inputs) != 4 or any(t is None for t in inputs):
         raise ValueError("wkv4: inputs: expected (v, k, w, u)")
     v, k, w, u = (t for t in inputs if t is not None)
-    if not v.is_floating_point():
-        raise ValueError(f"wkv4: v: expected a floating dtype, got {v.dtype}")
     check_shape("wkv4", "v", v, (None, None, None))
     batch, length, width = v.shape
     check_shape("wkv4", "k", k, (batch, length, width))
@@ -208,57 +203,17 @@ def _check(
     check_shape("wkv4", "u", u, (width,))
     if initial_state is not None:
         check_shape("wkv4", "initial_state", initial_state, (batch, 3, width))
-    if docs is not None:
-        check_shape("wkv4", "docs.ids", docs.ids, (batch, length))
-    ids = None if docs is None else docs.ids
-    for argument, other in {"k": k, "w": w, "u": u, "initial_state": initial_state, "docs": ids}.items():
-        if other is not None and other.device != v.device:
-            raise ValueError(f"wkv4: {argument}: expected device {v.device} as v, got {other.device}")
+    check_row("wkv4", "v", v, docs, k=k, w=w, u=u, initial_state=initial_state)
     return v, k, w, u
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+def _outputs(v: Tensor, *_: Tensor | None) -> tuple[Like, ...]:
+    return v, (v, (v.shape[0], 3, v.shape[2]))
 
 
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None and not hasattr(torch.ops.lmtrain, WKV4.name):
-        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
-    if reason is None:
-        _register_native()
-    return reason
+def _gradients(v: Tensor, *_: Tensor | None) -> tuple[Like | None, ...]:
+    per_row = (v, (v.shape[0], v.shape[2]))
+    return v, v, per_row, per_row, None, _outputs(v)[1]
 
 
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::wkv4", _fake_forward)
-    torch.library.register_fake("lmtrain::wkv4_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::wkv4", _backward, setup_context=_save)
-
-
-def _fake_forward(v: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), v.new_empty(v.shape[0], 3, v.shape[2])
-
-
-def _fake_backward(grad_y: Tensor, grad_state: Tensor, v: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
-    channels = (v.shape[0], v.shape[2])
-    return tuple(v.new_empty(shape) for shape in (v.shape, v.shape, channels, channels, grad_state.shape))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    grads = torch.ops.lmtrain.wkv4_backward(grad_y, grad_state, *saved)
-    grad_v, grad_k, grad_w, grad_u, grad_initial = grads
-    grad_initial = None if saved[-1] is None else grad_initial
-    return grad_v, grad_k, grad_w.sum(dim=0), grad_u.sum(dim=0), None, grad_initial
-
-
-library.register(
-    WKV4.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
-    library.Backend("reference"),
-)
+library.register(WKV4.name, compiled(WKV4.name, _outputs, _gradients), library.Backend("reference"))

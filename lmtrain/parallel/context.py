@@ -54,7 +54,9 @@ class SequenceContext(ExpertContext):
         self.group = group
         self.method = method
 
-    def scan(self, op: AffineOp, *inputs: Tensor, initial_state: Tensor | None, **static: Any) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, op: AffineOp, *inputs: Tensor | None, initial_state: Tensor | None, **static: Any
+    ) -> tuple[Tensor, Tensor]:
         gamma, state, y = None, None, None
         if op.needs_state:
             span = op.span(*inputs, docs=self.docs)

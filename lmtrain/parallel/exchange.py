@@ -30,9 +30,9 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class PrefixState(torch.autograd.Function):
     """State entering this shard and state after the whole row, from every shard's ``(gamma, state)``.
 
-    forward ``S_in[r] = fold_{j<r}(S <- gamma_j . S + S_j)`` from ``initial``; the reverse fold gives the gradients of
-    this shard's gamma and state, and of ``initial`` on the first rank (zeros elsewhere, so that a sum over the row is
-    right). One all-gather each way, independent of the sequence length.
+    forward ``S_in[r] = fold_{j<r}(S <- combine(gamma_j, S, S_j))`` from ``initial``; the reverse fold gives the gradients
+    of this shard's gamma and state, and of ``initial`` on the first rank (zeros elsewhere, so that a sum over the row
+    is right). One all-gather each way, independent of the sequence length.
     """
 
     @staticmethod
@@ -46,23 +46,24 @@ class PrefixState(torch.autograd.Function):
         incoming = []
         for j in range(group.size()):
             incoming.append(fold)
-            fold = op.apply(gammas[j], fold) + states[j]
+            fold = op.combine(gammas[j], fold, states[j])
         ctx.op, ctx.group, ctx.has_initial = op, group, initial is not None
-        ctx.save_for_backward(gammas, torch.stack(incoming))
+        ctx.save_for_backward(gammas, states, torch.stack(incoming))
         return incoming[rank].clone(), fold
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         op, group = ctx.op, ctx.group
-        gammas, incoming = ctx.saved_tensors
+        gammas, states, incoming = ctx.saved_tensors
         gathered = all_gather(torch.stack([g.contiguous() for g in grads]), group)
         into, mu = gathered[:, 0], gathered[:, 1].sum(dim=0)
         rank = group.rank()
         grad_gamma = grad_state = mu
         for j in reversed(range(group.size())):
+            by_gamma, by_state, by_added = op.combine_backward(mu, gammas[j], incoming[j], states[j])
             if j == rank:
-                grad_state, grad_gamma = mu, op.outer(mu, incoming[j])
-            mu = op.transpose(gammas[j], mu) + into[j]
+                grad_gamma, grad_state = by_gamma, by_added
+            mu = by_state + into[j]
         initial = (mu if rank == 0 else torch.zeros_like(mu)) if ctx.has_initial else None
         return None, None, grad_gamma, grad_state, initial
 

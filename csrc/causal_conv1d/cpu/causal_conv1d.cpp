@@ -1,6 +1,6 @@
 #include "causal_conv1d/kernel.h"
 
-#include "common/vector.h"
+#include "simd/vector.h"
 
 namespace {
 

@@ -1,6 +1,6 @@
 #include "delta/kernel.h"
 
-#include "common/vector.h"
+#include "simd/vector.h"
 
 namespace {
 

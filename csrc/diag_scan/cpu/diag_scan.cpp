@@ -1,6 +1,6 @@
 #include "diag_scan/kernel.h"
 
-#include "common/vector.h"
+#include "simd/vector.h"
 
 namespace {
 

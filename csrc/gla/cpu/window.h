@@ -3,7 +3,7 @@
 
 #include "gla/kernel.h"
 #include "ssd/cpu/panel.h"
-#include "ssd/cpu/tile.h"
+#include "simd/tile.h"
 
 namespace {
 

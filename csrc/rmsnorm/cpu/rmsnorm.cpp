@@ -1,6 +1,6 @@
 #include "rmsnorm/kernel.h"
 
-#include "common/vector.h"
+#include "simd/vector.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // What forward and backward have in common: where a task's tensors lie, the decay, and the states as vectors.
 #pragma once
 
-#include "common/vector.h"
+#include "simd/vector.h"
 #include "selective_scan/kernel.h"
 
 namespace {

@@ -1,7 +1,7 @@
 // The decays of one head over one piece.
 #pragma once
 
-#include "common/vector.h"
+#include "simd/vector.h"
 #include "ssd/kernel.h"
 
 namespace {

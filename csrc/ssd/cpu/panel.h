@@ -1,7 +1,7 @@
 // Panels: copies of a piece's tensors whose rows are dense and whole vectors long.
 #pragma once
 
-#include "common/vector.h"
+#include "simd/vector.h"
 #include "ssd/kernel.h"
 
 namespace {

@@ -3,7 +3,7 @@
 
 #include "ssd/cpu/decay.h"
 #include "ssd/cpu/panel.h"
-#include "ssd/cpu/tile.h"
+#include "simd/tile.h"
 #include "ssd/kernel.h"
 
 namespace {

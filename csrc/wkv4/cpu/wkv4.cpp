@@ -1,6 +1,6 @@
 // Token after token, the channels side by side in the lanes. Nothing but p, a and b depends on the token before, so the
 // exponentials of several tokens are in flight at once.
-#include "common/vector.h"
+#include "simd/vector.h"
 #include "wkv4/kernel.h"
 
 namespace {

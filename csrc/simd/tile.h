@@ -1,7 +1,7 @@
 // Matrix products in registers: a tile of the result is accumulated over all steps, then handed to its user.
 #pragma once
 
-#include "common/vector.h"
+#include "simd/vector.h"
 
 #define LM_INLINE __attribute__((always_inline))
 

@@ -1,4 +1,4 @@
-#include "common/cpu_unit.h"
+#include "simd/unit.h"
 
 #include <cstdlib>
 #include <stdexcept>
