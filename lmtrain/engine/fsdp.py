@@ -31,7 +31,8 @@ from lmtrain.model.decode import decode
 from lmtrain.model.ffn.moe import Experts
 from lmtrain.model.init import draw
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.ops.cross_entropy import IGNORE, cross_entropy
+from lmtrain.ops.cross_entropy import IGNORE
+from lmtrain.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 from lmtrain.parallel.config import ClusterConfig
 from lmtrain.parallel.context import ExpertContext, make_context
 from lmtrain.parallel.mesh import Mesh
@@ -158,13 +159,12 @@ class FSDPEngine:
     def _backward(self, batch: Batch, num_targets: int, sums: Tensor, notes: dict[Key, Tensor]) -> None:
         ctx = make_context(batch.docs, self.mesh, self.cluster.sp_attention)
         ctx.tokens = torch.tensor(num_targets, dtype=self.dtype if self.dtype == torch.float64 else torch.float32)
-        logits, _ = self.model(batch.tokens, ctx, {})
-        nll, lse = cross_entropy(logits, batch.labels)
-        objective = nll + self.z_loss * lse.square() if self.z_loss else nll
-        if batch.loss_weights is not None:
-            objective = objective * batch.loss_weights
-        (objective.sum() / num_targets).backward()
-        told = torch.stack([nll.detach(), batch.labels != IGNORE], dim=-1).double().flatten(0, 1)
+        read = partial(
+            linear_cross_entropy_sum, labels=batch.labels, loss_weights=batch.loss_weights, z_loss=self.z_loss
+        )
+        (objective, nll, _), _ = self.model(batch.tokens, ctx, {}, read)
+        (objective / num_targets).backward()
+        told = torch.stack([nll, batch.labels != IGNORE], dim=-1).double().flatten(0, 1)
         member = F.one_hot(batch.source.flatten().long(), self.num_sources).double()
         sums[0] += told[:, 0].sum()
         for value in ctx.losses.values():
@@ -212,8 +212,8 @@ class FSDPEngine:
     def losses(self, batch: Batch) -> Tensor:
         batch = batch.to(self.device)
         ctx = make_context(batch.docs, self.mesh, self.cluster.sp_attention)
-        logits, _ = self.model(batch.tokens, ctx, {})
-        return cross_entropy(logits, batch.labels)[0]
+        (nll, _), _ = self.model(batch.tokens, ctx, {}, partial(linear_cross_entropy, labels=batch.labels))
+        return nll
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, state: State) -> tuple[Tensor, State]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,8 @@ from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import Context
 from lmtrain.model.init import draw, normal
 from lmtrain.model.norm import RMSNorm
+
+Read = Callable[[Tensor, Tensor], Any]
 
 
 class Block(nn.Module):
@@ -63,8 +66,12 @@ class LanguageModel(nn.Module):
         if differing:
             raise ValueError(f"param_info does not name exactly the parameters: {', '.join(sorted(differing))}")
 
-    def forward(self, tokens: Tensor, ctx: Context, state: State) -> tuple[Tensor, State]:
-        """int ``[B, T]`` to logits ``[B, T, vocab_size]`` and the state after the row (``{}`` unless carried)."""
+    def forward(self, tokens: Tensor, ctx: Context, state: State, read: Read = F.linear) -> tuple[Any, State]:
+        """int ``[B, T]`` to logits ``[B, T, vocab_size]`` and the state after the row (``{}`` unless carried).
+
+        read: what to make of the last hidden ``[B, T, d_model]`` and the head's weight ``[vocab_size, d_model]``; the
+        logits by default. A loss that never holds them all is taken here, where a sharded weight is whole.
+        """
         x = self.embed(tokens)
         before = state.get("blocks", {})
         after: State = {}
@@ -78,8 +85,8 @@ class LanguageModel(nn.Module):
             if new:
                 after[str(index)] = new
         x = self.final_norm(x)
-        logits = F.linear(x, self.embed.weight) if self.head is None else self.head(x)
-        return logits, {"blocks": after} if ctx.carries else {}
+        weight = self.embed.weight if self.head is None else self.head.weight
+        return read(x, weight), {"blocks": after} if ctx.carries else {}
 
     @property
     def stack(self) -> list[Block]:

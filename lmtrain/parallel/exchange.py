@@ -30,7 +30,7 @@ def all_gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class PrefixState(torch.autograd.Function):
     """State entering this shard and state after the whole row, from every shard's ``(gamma, state)``.
 
-    forward ``S_in[r] = fold_{j<r}(S <- combine(gamma_j, S, S_j))`` from ``initial``; the reverse fold gives the gradients
+    forward ``S_in[r] = fold_{j<r}(S <- combine(gamma_j, S, S_j))`` from ``initial``; the reverse fold gives gradients
     of this shard's gamma and state, and of ``initial`` on the first rank (zeros elsewhere, so that a sum over the row
     is right). One all-gather each way, independent of the sequence length.
     """

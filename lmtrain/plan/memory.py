@@ -1,8 +1,8 @@
 """Peak memory of one rank before anything is built: an estimate that names its parts, not a promise.
 
 What is kept per rank: master weights, gradients and the two AdamW moments over the shards; what is gathered at once;
-the activations of one micro-batch; its logits. Left out: the CUDA context and NCCL (1-3 GB on a GPU), the allocator's
-fragmentation (5-10 %), Python and torch themselves, and the loader.
+the activations of one micro-batch; the logits of the tokens that the loss takes at once. Left out: the CUDA context and
+NCCL (1-3 GB on a GPU), the allocator's fragmentation (5-10 %), Python and torch themselves, and the loader.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 
 from lmtrain.model.branch import branch_class
 from lmtrain.model.config import ModelConfig
+from lmtrain.ops.linear_cross_entropy import CHUNK
 from lmtrain.parallel.config import ClusterConfig, MeshConfig
 
 KEPT = {"token": 1.2, "scan": 2.1, "heads": 1.2, "serial": 2.1}
@@ -22,7 +23,7 @@ KEPT = {"token": 1.2, "scan": 2.1, "heads": 1.2, "serial": 2.1}
 ``Branch.sp``. Measured with saved-tensor hooks on the backends that ``kernels=auto`` takes for fp32 on a CPU, to which
 tests/plan hold the estimate. The reference ops keep several times as much: attention its scores, ssd its decays."""
 LOGIT_COPIES = 3
-"""fp32 copies of the logits alive at once: themselves (or their cast), the softmax, the gradient."""
+"""fp32 copies of a chunk's logits alive at once: themselves (or their cast), the softmax, the gradient."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Memory:
     activations: int
     """Kept for the backward pass of one micro-batch."""
     logits: int
-    """Logits, softmax and gradient of one micro-batch."""
+    """Logits, softmax and gradient of the tokens that the loss takes at once."""
 
     @property
     def peak(self) -> int:
@@ -70,7 +71,7 @@ def estimate(
         optimizer=2 * shard,
         gathered=2 * _gathered_params(model, total, cluster) * dtype.itemsize,
         activations=columns * _kept_per_token(model, cluster.activation_checkpointing) * wide,
-        logits=LOGIT_COPIES * columns * vocab_size * wide,
+        logits=LOGIT_COPIES * min(CHUNK, columns) * vocab_size * wide,
     )
 
 

@@ -58,10 +58,13 @@ class RecordingContext(LocalContext):
         self.place = -1
         self.maps: dict[int, BranchMap] = {}
 
-    def scan(self, op: AffineOp, *inputs: Tensor, initial_state: Tensor | None, **static: Any) -> tuple[Tensor, Tensor]:
+    def scan(
+        self, op: AffineOp, *inputs: Tensor | None, initial_state: Tensor | None, **static: Any
+    ) -> tuple[Tensor, Tensor]:
         y, state = super().scan(op, *inputs, initial_state=initial_state, **static)
-        if op.kind in LINEAR_IN_VALUES and inputs[0].dim() == 4:
-            values, rest = inputs[0], inputs[1:]
+        values, *rest = inputs
+        assert values is not None, "the values come first"
+        if op.kind in LINEAR_IN_VALUES and values.dim() == 4:
             matrix, _ = op(_identity(values, values.shape[2]), *rest, docs=self.docs, initial_state=None, **static)
             self._keep(op.name, matrix, values, y)
         return y, state
