@@ -41,6 +41,18 @@ class ParamInfo:
     expert_dim: int | None = None
 
 
+def matrix(init: Init, fan_in: int, fan_out: int, *, rows: int | None = None, columns: int | None = None) -> ParamInfo:
+    """Of a projection's weight ``[fan_out, fan_in]``; rows or columns: the units (heads) along the dim to cut."""
+    tp_dim = 0 if rows is not None else 1 if columns is not None else None
+    units = rows if rows is not None else columns
+    return ParamInfo("matrix", init, True, fan_in=fan_in, fan_out=fan_out, tp_dim=tp_dim, tp_units=units)
+
+
+def named(prefix: str, info: dict[str, ParamInfo]) -> dict[str, ParamInfo]:
+    """What a sub-module says of its parameters, under the names they have in the branch."""
+    return {f"{prefix}.{name}": one for name, one in info.items()}
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a branch stands: ``index`` of ``count`` branches, the ``of_kind``-th of its kind (from 0)."""
@@ -85,6 +97,10 @@ class Branch(nn.Module):
 
     def init_state(self, batch: int, device: Device | str) -> State:
         """The state before the first token, of ``batch`` sequences."""
+        return {}
+
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the carried fp32 tensors of one sequence, where they do not depend on its length."""
         return {}
 
     def after_step(self, notes: dict[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from lmtrain.model.ffn.moe import MoEConfig
 from lmtrain.model.init import draw, normal
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.gla import GLAConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.ops.documents import Documents
 from lmtrain.parallel.context import SequenceContext
@@ -38,6 +39,7 @@ BRANCHES: dict[str, Any] = {
     "attention_nope": AttentionConfig(num_heads=2, rope=False),
     "attention_window": AttentionConfig(num_heads=4, num_kv_heads=2, window=5),
     "attention_window_1": AttentionConfig(num_heads=2, window=1),
+    "gla": GLAConfig(num_heads=2, gate_rank=3, gate_normalizer=2.0),
     "mlp_swiglu": MLPConfig(d_ff=12),
     "mlp_gelu": MLPConfig(d_ff=12, activation="gelu"),
     "mlp_relu2": MLPConfig(d_ff=12, activation="relu2"),

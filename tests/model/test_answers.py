@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lmtrain.errors import UsageError
+from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, Place, branch_class, register
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import LocalContext
@@ -17,7 +20,7 @@ from lmtrain.model.ffn.moe import MoEConfig
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
-from lmtrain.ops import Documents, ssd
+from lmtrain.ops import AffineOp, Documents
 from tests.model.row_checks import BRANCHES, D_MODEL, VARIANTS, build
 
 BATCH, LENGTH, VOCAB = 3, 20, 16
@@ -63,38 +66,40 @@ def test_active_params_leave_out_experts_not_chosen(name: str) -> None:
     assert cfg.num_params(D_MODEL, active=True) == count(built) - idle
 
 
-def counted_flops(name: str) -> tuple[int, int]:
-    """Forward FLOPs of matrix products as torch counts them: in all, and in the linear layers (and experts) alone."""
-    built = branch(name)
-    x = torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64)
-    with FlopCounterMode(display=False) as counter:
-        built(x, context(), {}, {})
-    flops = counter.get_flop_counts()
-    children = [part for part, module in built.named_modules() if isinstance(module, nn.Linear)]
-    linear = sum(sum(flops.get(f"{type(built).__name__}.{part}", {}).values()) for part in children)
-    return counter.get_total_flops(), linear
+class UncountedScans(LocalContext):
+    """Keeps apart the matrix products that torch sees within ops."""
+
+    flops = 0
+
+    def scan(
+        self, op: AffineOp, *inputs: Tensor | None, initial_state: Tensor | None, **static: Any
+    ) -> tuple[Tensor, Tensor]:
+        with FlopCounterMode(display=False) as counter:
+            result = super().scan(op, *inputs, initial_state=initial_state, **static)
+        self.flops += counter.get_total_flops()
+        return result
 
 
-@pytest.mark.parametrize("name", [name for name in BRANCHES if not name.startswith("mamba2")])
+@every_branch
 def test_flops_per_token(name: str) -> None:
-    """Attention as executed: torch's counter sees every pair of columns, the definition's model FLOPs those in use."""
-    total, _ = counted_flops(name)
-    assert BRANCHES[name].flops_per_token(D_MODEL, LENGTH, executed=True) * BATCH * LENGTH == total
-
-
-@pytest.mark.parametrize("name", [name for name in BRANCHES if name.startswith("mamba2")])
-def test_flops_per_token_of_mamba2(name: str) -> None:
-    """Exact for the projections. The scan is held to ``ssd.cost``; the convolution and it are no matrix products to
-    torch's counter, which also counts scores once per group of heads where the cost counts them for every head."""
-    cfg = BRANCHES[name]
-    _, linear = counted_flops(name)
-    inner, heads, keys = cfg.sizes(D_MODEL)
-    shapes = ((1, LENGTH, heads, cfg.head_dim), (1, LENGTH, heads), *2 * ((1, LENGTH, cfg.num_groups, cfg.d_state),))
-    scan = ssd.cost(*shapes, chunk=cfg.chunk)
-    for executed, flops in ((False, scan.model_flops), (True, scan.executed_flops)):
-        rest = 2 * cfg.conv_width * (inner + keys) + flops // LENGTH
-        answer = cfg.flops_per_token(D_MODEL, LENGTH, executed)
-        assert (answer - rest) * BATCH * LENGTH == linear
+    """Exact for what multiplies matrices outside ops; the op's part is its own ``cost``, and convolutions are no matrix
+    products to torch's counter. Attention as executed: the counter sees every pair of columns."""
+    cfg, built = BRANCHES[name], branch(name)
+    ctx = UncountedScans(context().docs)
+    with FlopCounterMode(display=False) as counter:
+        built(torch.randn(BATCH, LENGTH, D_MODEL, dtype=torch.float64), ctx, {}, {})
+    info = built.param_info()
+    taps = sum(p.numel() for key, p in built.named_parameters() if info[key].role == "conv")
+    for executed in (False, True):
+        if isinstance(cfg, Answers):
+            cost = cfg.scan_cost(D_MODEL, LENGTH)
+            rest = 2 * taps + (cost.executed_flops if executed else cost.model_flops) // LENGTH
+        elif built.sp == "heads" and not executed:
+            continue  # test_model_flops_of_attention_count_visible_keys
+        else:
+            rest = 0
+        products = cfg.flops_per_token(D_MODEL, LENGTH, executed) - rest
+        assert products * BATCH * LENGTH == counter.get_total_flops() - ctx.flops
 
 
 @pytest.mark.parametrize(("window", "expected"), [(None, 10.5), (1, 1), (5, 4.5), (99, 10.5)])

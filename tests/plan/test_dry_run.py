@@ -150,7 +150,7 @@ def test_memory_shrinks_with_shards_and_units() -> None:
 
     one, four = parts(ONE), parts(MeshConfig(dp_shard=2, sp=2))
     assert 4 * four.optimizer == pytest.approx(one.optimizer, rel=1e-3)
-    assert 2 * four.activations == one.activations and four.logits == one.logits  # of a chunk, not of the row
+    assert 2 * four.activations == one.activations and four.logits <= one.logits  # of a chunk, not of the row
     assert parts(ONE, fsdp_units="root").gathered > one.gathered
     assert parts(ONE, activation_checkpointing=True).activations < one.activations / 2
 

@@ -1,5 +1,5 @@
 """Branches that mix tokens along the row; importing registers them."""
 
-from lmtrain.model.mixers import attention, mamba2
+from lmtrain.model.mixers import attention, gla, mamba2
 
-__all__ = ["attention", "mamba2"]
+__all__ = ["attention", "gla", "mamba2"]

@@ -15,16 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmtrain.errors import UsageError
-from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, register
+from lmtrain.model.answers import Answers
+from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, fan_in_uniform, log_uniform_range, softplus_inverse_of_log_uniform
 from lmtrain.ops import causal_conv1d, ssd
-from lmtrain.ops.op import compute_dtype
+from lmtrain.ops.op import Cost, compute_dtype
 from lmtrain.ops.rmsnorm import rmsnorm
 
 
 @dataclass(frozen=True)
-class Mamba2Config:
+class Mamba2Config(Answers):
     """Mamba-2 mixer."""
 
     kind: str = "mamba2"
@@ -66,29 +67,10 @@ class Mamba2Config:
         inner = self.expand * d_model
         return inner, inner // self.head_dim, 2 * self.num_groups * self.d_state
 
-    def num_params(self, d_model: int, active: bool = False) -> int:
-        inner, heads, keys = self.sizes(d_model)
-        projections = d_model * (2 * inner + keys + heads) + inner * d_model
-        return projections + (inner + keys) * (self.conv_width + 1) + 3 * heads + inner
-
-    def flops_per_token(self, d_model: int, seq_len: int, executed: bool = False) -> int:
-        inner, heads, keys = self.sizes(d_model)
-        projections = 2 * d_model * (2 * inner + keys + heads) + 2 * inner * d_model
-        convolution = 2 * self.conv_width * (inner + keys)
-        groups, state = self.num_groups, self.d_state
-        cost = ssd.cost(
-            (1, seq_len, heads, self.head_dim),
-            (1, seq_len, heads),
-            (1, seq_len, groups, state),
-            (1, seq_len, groups, state),
-            chunk=self.chunk,
-        )
-        scan = cost.executed_flops if executed else cost.model_flops
-        return projections + convolution + scan // max(seq_len, 1)
-
-    def state_bytes(self, d_model: int, batch: int, seq_len: int) -> int:
-        inner, heads, keys = self.sizes(d_model)
-        return 4 * batch * (heads * self.d_state * self.head_dim + (self.conv_width - 1) * (inner + keys))
+    def scan_cost(self, d_model: int, seq_len: int) -> Cost:
+        _, heads, _ = self.sizes(d_model)
+        keys = (1, seq_len, self.num_groups, self.d_state)
+        return ssd.cost((1, seq_len, heads, self.head_dim), (1, seq_len, heads), keys, keys, chunk=self.chunk)
 
 
 class DecayRate(nn.Module):
@@ -163,23 +145,22 @@ class Mamba2(Branch):
         y = rmsnorm(self.skip(y, values).flatten(2), self.norm, eps=cfg.norm_eps, gate=z, num_groups=cfg.num_groups)
         return self.o(y.to(x.dtype)), {"conv": tail, "ssm": ssm} if ctx.carries else {}, {}
 
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        inner, heads, keys = self.cfg.sizes(self.d_model)
+        return {"conv": (self.cfg.conv_width - 1, inner + keys), "ssm": (heads, self.cfg.d_state, self.cfg.head_dim)}
+
     def param_info(self) -> dict[str, ParamInfo]:
         inner, heads, keys = self.cfg.sizes(self.d_model)
         width, groups = self.cfg.conv_width, self.cfg.num_groups
         linear, conv = fan_in_uniform(self.d_model), fan_in_uniform(width)
         out = fan_in_uniform(inner, 1 / math.sqrt(self.place.count))
 
-        def matrix(fan_out: int, tp_dim: int | None = None, tp_units: int | None = None) -> ParamInfo:
-            return ParamInfo(
-                "matrix", linear, True, fan_in=self.d_model, fan_out=fan_out, tp_dim=tp_dim, tp_units=tp_units
-            )
-
         return {
-            "z.weight": matrix(inner, tp_dim=0, tp_units=heads),
-            "x.weight": matrix(inner, tp_dim=0, tp_units=heads),
-            "B.weight": matrix(keys // 2),
-            "C.weight": matrix(keys // 2),
-            "dt.weight": matrix(heads, tp_dim=0, tp_units=heads),
+            "z.weight": matrix(linear, self.d_model, inner, rows=heads),
+            "x.weight": matrix(linear, self.d_model, inner, rows=heads),
+            "B.weight": matrix(linear, self.d_model, keys // 2),
+            "C.weight": matrix(linear, self.d_model, keys // 2),
+            "dt.weight": matrix(linear, self.d_model, heads, rows=heads),
             "conv_x": ParamInfo("conv", conv, tp_dim=0, tp_units=heads),
             "conv_x_bias": ParamInfo("bias", conv, tp_dim=0, tp_units=heads),
             "conv_bc": ParamInfo("conv", conv),
@@ -190,7 +171,5 @@ class Mamba2(Branch):
             "decay.A_log": ParamInfo("decay", log_uniform_range(1.0, 16.0), fp32=True, tp_dim=0, tp_units=heads),
             "skip.D": ParamInfo("scalar", constant(1.0), fp32=True, tp_dim=0, tp_units=heads),
             "norm": ParamInfo("norm", constant(1.0), tp_dim=0, tp_units=groups),
-            "o.weight": ParamInfo(
-                "matrix", out, decay=True, fan_in=inner, fan_out=self.d_model, tp_dim=1, tp_units=heads
-            ),
+            "o.weight": matrix(out, inner, self.d_model, columns=heads),
         }
