@@ -184,10 +184,10 @@ class FSDPEngine:
         return {key: part.view_as(notes[key]) for key, part in zip(keys, parts, strict=True)}
 
     def _tell_branches(self, notes: dict[Key, Tensor]) -> None:
-        for index, block in enumerate(self.model.stack):
+        for index, branch in enumerate(self.model.branches):
             mine = {name: value for (place, name), value in notes.items() if place == index}
             if mine:
-                block.branch.after_step(mine)
+                branch.after_step(mine)
 
     def _local_squares(self) -> Tensor:
         grads = [_local(p.grad) for p in self.named.values() if p.grad is not None]

@@ -49,8 +49,10 @@ def require(cfg: ModelConfig) -> HubClass:
 
 
 def _unknown(cfg: ModelConfig) -> list[str]:
+    abreast = [" + ".join(names) for names in dict.fromkeys(cfg.blocks()) if len(names) > 1]
+    told = [f"{names} stand side by side, which no table here knows" for names in abreast]
     places = [("model", cfg)] + [(kind, one) for kind in KNOWN for one in distinct(cfg, kind)]
-    return [
+    return told + [
         f"{kind}.{field.name} is {getattr(settings, field.name)}, which no table here knows"
         for kind, settings in places
         for field in dataclasses.fields(settings)

@@ -3,42 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, branch_class
+from lmtrain.model.block import Block, Multipliers, SideBySide
+from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, branch_class, named
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import Context
 from lmtrain.model.init import draw, normal
-from lmtrain.model.norm import RMSNorm
+from lmtrain.model.norm import NORMS, Norm
 
 Read = Callable[[Tensor, Tensor], Any]
-
-
-class Block(nn.Module):
-    """``x + branch(norm(x))``, the branch recomputed in the backward pass if ``recompute``."""
-
-    def __init__(self, branch: Branch, d_model: int, eps: float) -> None:
-        super().__init__()
-        self.norm = RMSNorm(d_model, eps)
-        self.branch = branch
-        self.recompute = False
-
-    def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
-        if self.recompute and torch.is_grad_enabled():
-            run: Any = checkpoint(self._run, x, ctx, state, streams, use_reentrant=False, preserve_rng_state=False)
-            y, state, streams = run
-        else:
-            y, state, streams = self._run(x, ctx, state, streams)
-        return x + y, state, streams
-
-    def _run(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
-        return self.branch(self.norm(x), ctx, state, streams)
 
 
 class LanguageModel(nn.Module):
@@ -51,20 +30,33 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.cfg, self.vocab_size = cfg, vocab_size
         self.embed = nn.Embedding(vocab_size, cfg.d_model)
-        self.blocks = nn.ModuleList()
-        order, seen = cfg.order(), Counter[str]()
-        for index, name in enumerate(order):
-            settings = cfg.branches[name]
-            place = Place(index, len(order), seen[settings.kind])
-            seen[settings.kind] += 1
-            self.blocks.append(
-                Block(branch_class(settings.kind)(settings, cfg.d_model, place), cfg.d_model, cfg.norm_eps)
-            )
-        self.final_norm = RMSNorm(cfg.d_model, cfg.norm_eps)
+        if cfg.embedding_norm:
+            self.embed_norm = self._norm()
+        self.blocks = nn.ModuleList(self._build())
+        self.final_norm = self._norm()
         self.head = None if cfg.tie_embeddings else nn.Linear(cfg.d_model, vocab_size, bias=False)
         differing = self.param_info().keys() ^ dict(self.named_parameters()).keys()
         if differing:
             raise ValueError(f"param_info does not name exactly the parameters: {', '.join(sorted(differing))}")
+
+    def _norm(self) -> Norm:
+        return NORMS[self.cfg.norm](self.cfg.d_model, self.cfg.norm_eps)
+
+    def _build(self) -> Iterator[Block]:
+        cfg, seen, index = self.cfg, Counter[str](), 0
+        count, one = len(cfg.order()), Multipliers()
+        for names in cfg.blocks():
+            branches = []
+            for name in names:
+                settings = cfg.branches[name]
+                place = Place(index, count, seen[settings.kind])
+                branches.append(branch_class(settings.kind)(settings, cfg.d_model, place))
+                seen[settings.kind] += 1
+                index += 1
+            scales = [cfg.multipliers.get(name, one) for name in names]
+            branch = branches[0] if len(names) == 1 else SideBySide(branches, scales)
+            norms = [self._norm() for _ in range(2 if cfg.norm_place == "sandwich" else 1)]
+            yield Block(branch, norms, cfg.norm_place, scales[0] if len(names) == 1 else one)
 
     def forward(self, tokens: Tensor, ctx: Context, state: State, read: Read = F.linear) -> tuple[Any, State]:
         """int ``[B, T]`` to logits ``[B, T, vocab_size]`` and the state after the row (``{}`` unless carried).
@@ -73,6 +65,10 @@ class LanguageModel(nn.Module):
         logits by default. A loss that never holds them all is taken here, where a sharded weight is whole.
         """
         x = self.embed(tokens)
+        if self.cfg.embedding_scale != 1.0:
+            x = x * self.cfg.embedding_scale
+        if self.cfg.embedding_norm:
+            x = self.embed_norm(x)
         before = state.get("blocks", {})
         after: State = {}
         streams: Streams = {}
@@ -85,6 +81,8 @@ class LanguageModel(nn.Module):
             if new:
                 after[str(index)] = new
         x = self.final_norm(x)
+        if self.cfg.logit_scale != 1.0:
+            x = x * self.cfg.logit_scale
         weight = self.embed.weight if self.head is None else self.head.weight
         return read(x, weight), {"blocks": after} if ctx.carries else {}
 
@@ -92,6 +90,14 @@ class LanguageModel(nn.Module):
     def stack(self) -> list[Block]:
         """The blocks, first to last."""
         return cast("list[Block]", list(self.blocks))
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The branches, first to last: their order is that of ``place.index``."""
+        found: list[Branch] = []
+        for block in self.stack:
+            found += block.branch.members if isinstance(block.branch, SideBySide) else [block.branch]
+        return found
 
     def init_state(self, batch: int, device: torch.device | str) -> State:
         """The state of ``batch`` sequences before their first token; ``length`` int32 ``[B]`` counts tokens held."""
@@ -104,10 +110,11 @@ class LanguageModel(nn.Module):
     def param_info(self) -> dict[str, ParamInfo]:
         std, d_model = self.cfg.init_std, self.cfg.d_model
         info = {"embed.weight": ParamInfo("embedding", normal(std), fan_in=self.vocab_size, fan_out=d_model)}
+        if self.cfg.embedding_norm:
+            info |= named("embed_norm", self.embed_norm.param_info())
         for index, block in enumerate(self.stack):
-            info[f"blocks.{index}.norm.weight"] = block.norm.param_info()["weight"]
-            info |= {f"blocks.{index}.branch.{name}": one for name, one in block.branch.param_info().items()}
-        info["final_norm.weight"] = self.final_norm.param_info()["weight"]
+            info |= named(f"blocks.{index}", block.param_info())
+        info |= named("final_norm", self.final_norm.param_info())
         if self.head is not None:
             info["head.weight"] = ParamInfo("head", normal(std), True, fan_in=d_model, fan_out=self.vocab_size)
         return info

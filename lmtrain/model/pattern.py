@@ -1,4 +1,4 @@
-"""The pattern string of a model: names, repetition ``n * name`` and groups ``n * (a b c)``."""
+"""The pattern string of a model: names, ``a + b`` side by side, repetition ``n * name``, groups ``n * (a b c)``."""
 
 from __future__ import annotations
 
@@ -7,23 +7,27 @@ from collections.abc import Iterable
 
 from lmtrain.errors import UsageError, nearest
 
-_TOKEN = re.compile(r"\s*(?:(?P<number>\d+)\s*\*|(?P<name>[A-Za-z_]\w*)|(?P<open>\()|(?P<close>\)))")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<number>\d+)\s*\*|(?P<name>[A-Za-z_]\w*(?:\s*\+\s*[A-Za-z_]\w*)*)|(?P<open>\()|(?P<close>\)))"
+)
+Blocks = list[tuple[str, ...]]
 
 
-def expand(pattern: str | list[str], known: Iterable[str]) -> list[str]:
-    """Branch names in order.
+def expand(pattern: str | list[str], known: Iterable[str]) -> Blocks:
+    """The blocks in order: names of one branch each, or of several side by side.
 
-    >>> expand("2 * (ssm mlp) local", ["ssm", "mlp", "local"])
-    ['ssm', 'mlp', 'ssm', 'mlp', 'local']
+    >>> expand("2 * (ssm mlp) ssm + local", ["ssm", "mlp", "local"])
+    [('ssm',), ('mlp',), ('ssm',), ('mlp',), ('ssm', 'local')]
 
     Raises UsageError that points at the character: an unknown name, an unclosed group, a repetition of nothing.
     """
     names = set(known)
     if isinstance(pattern, list):
-        for index, name in enumerate(pattern):
-            if name not in names:
-                raise UsageError(f"model.pattern: entry {index}: no branch is named {name!r}{nearest(name, names)}")
-        order = list(pattern)
+        order = [tuple(_names(entry)) for entry in pattern]
+        for index, block in enumerate(order):
+            if unknown := [name for name in block if name not in names]:
+                told = f"no branch is named {unknown[0]!r}{nearest(unknown[0], names)}"
+                raise UsageError(f"model.pattern: entry {index}: {told}")
     else:
         order, end = _sequence(pattern, 0, 0, names)
         if end != len(pattern):
@@ -33,8 +37,12 @@ def expand(pattern: str | list[str], known: Iterable[str]) -> list[str]:
     return order
 
 
-def _sequence(text: str, at: int, depth: int, names: set[str]) -> tuple[list[str], int]:
-    order: list[str] = []
+def _names(entry: str) -> list[str]:
+    return [name.strip() for name in entry.split("+")]
+
+
+def _sequence(text: str, at: int, depth: int, names: set[str]) -> tuple[Blocks, int]:
+    order: Blocks = []
     repeat: int | None = None
     repeat_at = at
     while text[at:].strip():
@@ -58,9 +66,12 @@ def _sequence(text: str, at: int, depth: int, names: set[str]) -> tuple[list[str
                 raise _error(text, start, "this ( is not closed")
             at += 1
         else:
-            if match["name"] not in names:
-                raise _error(text, start, f"no branch is named {match['name']!r}{nearest(match['name'], names)}")
-            group = [match["name"]]
+            block = _names(match["name"])
+            for name in block:
+                if name not in names:
+                    place = start + match["name"].index(name)
+                    raise _error(text, place, f"no branch is named {name!r}{nearest(name, names)}")
+            group = [tuple(block)]
         order += group * (1 if repeat is None else repeat)
         repeat = None
     if repeat is not None:

@@ -94,20 +94,20 @@ def branch_maps(model: LanguageModel, tokens: Tensor, ids: Tensor) -> dict[int, 
     """The map of every branch that has one, by place, for one row: tokens and document ids int ``[T]``."""
     ctx = RecordingContext(Documents.from_ids(ids[None]))
     hooks = []
-    for index, block in enumerate(model.stack):
+    for index, branch in enumerate(model.branches):
 
         def enter(*_: Any, index: int = index) -> None:
             ctx.place = index
 
-        hooks.append(block.branch.register_forward_pre_hook(enter))
+        hooks.append(branch.register_forward_pre_hook(enter))
     steps: dict[int, Tensor] = {}
-    for index, block in enumerate(model.stack):
-        if isinstance(block.branch, Mamba2):
+    for index, branch in enumerate(model.branches):
+        if isinstance(branch, Mamba2):
 
             def decay(_: Any, __: Any, made: tuple[Tensor, Tensor], index: int = index) -> None:
                 steps[index] = made[0][0].transpose(0, 1)
 
-            hooks.append(block.branch.decay.register_forward_hook(decay))
+            hooks.append(branch.decay.register_forward_hook(decay))
     try:
         model(tokens[None], ctx, {})
     finally:

@@ -82,9 +82,9 @@ TABLE = [
     ("model: {branches: {b: {kind: mlp}}}", "", r".*x\.yaml: model\.branches\.b\.d_ff: missing \(int\): .*"),
     # branches
     (
-        "model: {branches: {ssm: {kind: mamba}}}",
+        "model: {branches: {ssm: {kind: manba2}}}",
         "",
-        r".*x\.yaml: .*ssm\.kind: unknown kind mamba; did you mean mamba2\?",
+        r".*x\.yaml: .*ssm\.kind: unknown kind manba2; did you mean mamba2\?",
     ),
     ("model: {branches: {b: {d_ff: 3}}}", "", r".*model\.branches\.b: expected a kind and its settings, .*"),
     ("model: {branches: {mlp: {d_ff: 0}}}", "", r".*x\.yaml: model\.branches\.mlp\.d_ff: expected at least 1, got 0"),

@@ -63,7 +63,7 @@ def test_no_help_asked() -> None:
     ("name", "message"),
     [
         ("train.optimiser", "did you mean train.optimizer"),
-        ("model.branches.mamba", "did you mean model.branches.mamba2"),
+        ("model.branches.manba2", "did you mean model.branches.mamba2"),
         ("xyzzy", "--help lists the top level"),
     ],
 )

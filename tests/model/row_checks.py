@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 import lmtrain.model.mixers  # noqa: F401  (registers the branches)
+from lmtrain.model.block import Multipliers
 from lmtrain.model.branch import ParamInfo, State, branch_class
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import Context, LocalContext
@@ -25,8 +26,20 @@ from lmtrain.model.ffn.moe import MoEConfig
 from lmtrain.model.init import draw, normal
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.deltanet import DeltaNetConfig
+from lmtrain.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from lmtrain.model.mixers.gla import GLAConfig
+from lmtrain.model.mixers.hgrn2 import HGRN2Config
+from lmtrain.model.mixers.kda import KDAConfig
+from lmtrain.model.mixers.lightnet import LightNetConfig
+from lmtrain.model.mixers.linear_attention import LinearAttentionConfig
+from lmtrain.model.mixers.longhorn import LonghornConfig
+from lmtrain.model.mixers.lrnn import LRNNConfig
+from lmtrain.model.mixers.lstm import LSTMConfig
+from lmtrain.model.mixers.mamba import MambaConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
+from lmtrain.model.mixers.retnet import RetNetConfig
+from lmtrain.model.mixers.rg_lru import RGLRUConfig
 from lmtrain.ops.documents import Documents
 from lmtrain.parallel.context import SequenceContext
 
@@ -40,6 +53,19 @@ BRANCHES: dict[str, Any] = {
     "attention_window": AttentionConfig(num_heads=4, num_kv_heads=2, window=5),
     "attention_window_1": AttentionConfig(num_heads=2, window=1),
     "gla": GLAConfig(num_heads=2, gate_rank=3, gate_normalizer=2.0),
+    "mamba": MambaConfig(d_state=3, dt_rank=2, conv_width=3),
+    "longhorn": LonghornConfig(d_state=3, expand=1, conv_width=3),
+    "rg_lru": RGLRUConfig(width=12, num_heads=3, conv_width=3),
+    "lrnn": LRNNConfig(block_size=4),
+    "lstm": LSTMConfig(d_hidden=5),
+    "linear_attention": LinearAttentionConfig(num_heads=2, head_dim=3),
+    "linear_attention_lightning": LinearAttentionConfig(num_heads=2, head_dim=3, decay="lightning"),
+    "retnet": RetNetConfig(num_heads=2, expand_k=0.5, rope_theta=100.0),
+    "hgrn2": HGRN2Config(head_dim=4),
+    "lightnet": LightNetConfig(head_dim=4, gate_rank=3),
+    "deltanet": DeltaNetConfig(num_heads=2, head_dim=3, conv_width=2, negative_eigenvalues=True),
+    "gated_deltanet": GatedDeltaNetConfig(num_heads=2, num_value_heads=4, head_dim=3, value_dim=5),
+    "kda": KDAConfig(num_heads=2, head_dim=3, conv_width=3),
     "mlp_swiglu": MLPConfig(d_ff=12),
     "mlp_gelu": MLPConfig(d_ff=12, activation="gelu"),
     "mlp_relu2": MLPConfig(d_ff=12, activation="relu2"),
@@ -47,8 +73,21 @@ BRANCHES: dict[str, Any] = {
     "moe": MoEConfig(num_experts=4, top_k=2, d_expert=8, balance="none"),
     "moe_shared": MoEConfig(4, 1, 8, num_shared=1, router="sigmoid", balance="bias", activation="gelu"),
 }
-VARIANTS = {name: f"2 * {name}" for name in BRANCHES} | {"hybrid": "mamba2_groups moe attention_window mamba2"}
+VARIANTS = {name: f"2 * {name}" for name in BRANCHES} | {
+    "hybrid": "mamba2_groups moe attention_window mamba2",
+    "side_by_side": "2 * (mamba2 + attention_grouped mlp_gelu + moe)",
+    "post_norm": "attention mlp_swiglu",
+    "sandwich": "mamba2 mlp_swiglu",
+    "through": "mamba2 attention",
+}
 """Name to pattern: every branch upon itself, and several together."""
+SETTINGS: dict[str, dict[str, Any]] = {
+    "side_by_side": {"multipliers": {"mamba2": Multipliers(0.5, 2.0), "moe": Multipliers(output=0.3)}},
+    "post_norm": {"norm_place": "post", "embedding_scale": 3.0, "logit_scale": 0.5},
+    "sandwich": {"norm_place": "sandwich", "norm": "layer", "embedding_norm": True},
+    "through": {"norm_place": "through", "multipliers": {"attention": Multipliers(skip=0.7, output=1.5)}},
+}
+"""Settings of the whole model, where a variant has any."""
 BLIND = {"attention_window_1"} | {name for name in BRANCHES if name.startswith(("mlp", "moe"))}
 """Variants in which a column sees only itself."""
 SOFTMAX = [name for name in VARIANTS if name.startswith("attention")]
@@ -73,9 +112,14 @@ def between(docs: Documents, first: int, last: int) -> Documents:
     return Documents.from_ids(docs.ids[:, first:last], docs.positions()[:, first])
 
 
+def config(variant: str, **settings: Any) -> ModelConfig:
+    """The variant's, with more settings if given."""
+    return ModelConfig(D_MODEL, BRANCHES, VARIANTS[variant], **SETTINGS.get(variant, {}), **settings)
+
+
 def build(variant: str, vocab_size: int, dtype: torch.dtype = torch.float64) -> LanguageModel:
     """The variant, every parameter far from its initial value: at 0, 1 or nearly 0 some errors do not show."""
-    model = LanguageModel(ModelConfig(D_MODEL, BRANCHES, VARIANTS[variant]), vocab_size).to(dtype)
+    model = LanguageModel(config(variant), vocab_size).to(dtype)
     model.initialise(seed=0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -243,6 +287,6 @@ def check_decode(
 
 def whole_heads(variant: str, ranks: int) -> bool:
     """Whether every softmax branch of the variant has key heads for so many ranks."""
-    used = ModelConfig(D_MODEL, BRANCHES, VARIANTS[variant]).order()
+    used = config(variant).order()
     softmax = [BRANCHES[name] for name in used if branch_class(BRANCHES[name].kind).sp == "heads"]
     return bool(softmax) and all(settings.kv_heads % ranks == 0 for settings in softmax)

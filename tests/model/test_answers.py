@@ -21,7 +21,7 @@ from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.ops import AffineOp, Documents
-from tests.model.row_checks import BRANCHES, D_MODEL, VARIANTS, build
+from tests.model.row_checks import BRANCHES, D_MODEL, VARIANTS, build, config
 
 BATCH, LENGTH, VOCAB = 3, 20, 16
 every_branch = pytest.mark.parametrize("name", BRANCHES)
@@ -50,7 +50,7 @@ def test_num_params(name: str) -> None:
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_num_params_of_the_model_on_the_meta_device(variant: str, tied: bool) -> None:
-    cfg = ModelConfig(D_MODEL, BRANCHES, VARIANTS[variant], tie_embeddings=tied)
+    cfg = config(variant, tie_embeddings=tied)
     with torch.device("meta"):
         model = LanguageModel(cfg, VOCAB)
     named = dict(model.named_parameters())
@@ -152,7 +152,7 @@ def test_nothing_is_carried_unless_asked(variant: str) -> None:
         (lambda: Mamba2Config(head_dim=4, num_groups=3).check(8), "mamba2: num_groups 3 does not divide the 4 heads"),
         (lambda: MLPConfig(0), "mlp: d_ff: expected at least 1, got 0"),
         (lambda: MoEConfig(2, 3, 8), "moe: top_k: expected at most num_experts 2, got 3"),
-        (lambda: branch_class("mamba"), "model.branches: kind mamba is unknown; did you mean mamba2?"),
+        (lambda: branch_class("manba2"), "model.branches: kind manba2 is unknown; did you mean mamba2?"),
     ],
 )
 def test_settings_that_cannot_work(make, says: str) -> None:  # type: ignore[no-untyped-def]

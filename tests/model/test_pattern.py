@@ -20,10 +20,12 @@ KNOWN = ["ssm", "mlp", "local"]
         ("2 * (ssm 2 * (mlp local))", "ssm mlp local mlp local ssm mlp local mlp local"),
         ("(ssm) 0 * mlp", "ssm"),
         (["ssm", "mlp"], "ssm mlp"),
+        ("2 * (ssm+ local mlp)", "ssm+local mlp ssm+local mlp"),
+        (["ssm + local", "mlp"], "ssm+local mlp"),
     ],
 )
 def test_expands(pattern: str | list[str], order: str) -> None:
-    assert expand(pattern, KNOWN) == order.split()
+    assert expand(pattern, KNOWN) == [tuple(block.split("+")) for block in order.split()]
 
 
 @pytest.mark.parametrize(
@@ -36,7 +38,8 @@ def test_expands(pattern: str | list[str], order: str) -> None:
         ("ssm 2 *", 5, "nothing to repeat"),
         ("(2 *) ssm", 2, "nothing to repeat"),
         ("2 * 3 * ssm", 5, "a repetition of a repetition"),
-        ("ssm + mlp", 5, "expected a name, 'n *' or '('"),
+        ("ssm + + mlp", 5, "expected a name, 'n *' or '('"),
+        ("mlp ssm + smm", 11, "no branch is named 'smm'; did you mean ssm?"),
         ("ssm 2 mlp", 5, "expected a name, 'n *' or '('"),
     ],
 )
