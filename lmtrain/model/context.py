@@ -48,10 +48,12 @@ class Context(Protocol):
         zeros), and the row's last ``width`` columns. Visibility is the reader's to mask (``Documents``)."""
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None, **options: Any
     ) -> tuple[Tensor, Cache | None]:
         """Causal softmax attention within documents: q ``[B, T, Hq, K]``, k ``[B, T, Hkv, K]``, v ``[B, T, Hkv, V]`` to
-        o ``[B, T, Hq, V]`` and the cache to carry (None if nothing is carried)."""
+        o ``[B, T, Hq, V]`` and the cache to carry (None if nothing is carried).
+
+        options: ``softcap``, ``sinks``, ``extra_kv`` of ``ops.attention``."""
 
     def dispatch(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Restore]:
         """Rows ``[N, D]`` to their experts int64 ``[N, k]``: the rows for this rank's experts, sorted by expert
@@ -93,12 +95,12 @@ class LocalContext:
         return left, torch.cat([left, x[:, -width:]], dim=1)[:, -width:].contiguous()
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None, **options: Any
     ) -> tuple[Tensor, Cache | None]:
         if cache:
             k, v = join(cache, k, v)
         causal = not cache and self.docs.single
-        o = attention.output(q, k, v, positions=self.positions, window=window, scale=scale, causal=causal)
+        o = attention.output(q, k, v, positions=self.positions, window=window, scale=scale, causal=causal, **options)
         return o, keep(k, v, window) if self.carries else None
 
     def dispatch(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Restore]:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lmtrain.errors import UsageError
 from lmtrain.model.context import Cache, Context, LocalContext, Phase, Restore, join, keep
@@ -79,7 +80,7 @@ class SequenceContext(ExpertContext):
         return Halo.apply(x, width, tail, self.group)
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None, **options: Any
     ) -> tuple[Tensor, Cache | None]:
         carried = self.carries or bool(cache)
         divides = k.shape[2] % self.group.size() == 0
@@ -90,7 +91,16 @@ class SequenceContext(ExpertContext):
         if heads:
             q, k, v = to_heads([q, k, v], self.group)
             causal = self.docs.whole is not None and self.docs.whole.single
-            o = attention.output(q, k, v, positions=self.row_positions, window=window, scale=scale, causal=causal)
+            o = attention.output(
+                q,
+                k,
+                v,
+                positions=self.row_positions,
+                window=window,
+                scale=scale,
+                causal=causal,
+                **self._of_my_heads(options),
+            )
             return from_heads(o, self.group), None
         k, v = GatherSequence.apply(k, self.group), GatherSequence.apply(v, self.group)
         held = 0
@@ -98,8 +108,13 @@ class SequenceContext(ExpertContext):
             held = cache["k"].shape[1]
             k, v = join(cache, k, v)
         offset = held + self.group.rank() * q.shape[1]
-        o = attention.output(q, k, v, positions=self.positions, window=window, scale=scale, offset=offset)
+        o = attention.output(q, k, v, positions=self.positions, window=window, scale=scale, offset=offset, **options)
         return o, keep(k, v, window) if self.carries else None
+
+    def _of_my_heads(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What is per head, cut as ``to_heads`` cuts; a gradient is then whole in the sum over the ranks."""
+        size, rank = self.group.size(), self.group.rank()
+        return tree_map(lambda t: t.chunk(size)[rank] if isinstance(t, Tensor) else t, options)
 
     def all_sum(self, counts: Tensor, over: Literal["row"]) -> Tensor:
         total = counts.clone()

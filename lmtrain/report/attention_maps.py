@@ -70,10 +70,14 @@ class RecordingContext(LocalContext):
         return y, state
 
     def attention(
-        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None
+        self, q: Tensor, k: Tensor, v: Tensor, *, window: int | None, scale: float, cache: Cache | None, **options: Any
     ) -> tuple[Tensor, Cache | None]:
-        o, new = super().attention(q, k, v, window=window, scale=scale, cache=cache)
-        matrix, _ = attention(q, k, _identity(v, v.shape[2]), positions=self.positions, window=window, scale=scale)
+        o, new = super().attention(q, k, v, window=window, scale=scale, cache=cache, **options)
+        if options.get("extra_kv") is not None:  # its columns are no tokens: the picture leaves them out
+            more_k, more_v = options["extra_kv"]
+            options["extra_kv"] = more_k, more_v.new_zeros(*more_v.shape[:2], v.shape[1])
+        eye = _identity(v, v.shape[2])
+        matrix, _ = attention(q, k, eye, positions=self.positions, window=window, scale=scale, **options)
         self._keep("attention", matrix, v.repeat_interleave(q.shape[2] // v.shape[2], dim=2), o)
         return o, new
 

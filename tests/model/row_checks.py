@@ -38,8 +38,10 @@ from lmtrain.model.mixers.lrnn import LRNNConfig
 from lmtrain.model.mixers.lstm import LSTMConfig
 from lmtrain.model.mixers.mamba import MambaConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
+from lmtrain.model.mixers.mla import MLAConfig
 from lmtrain.model.mixers.retnet import RetNetConfig
 from lmtrain.model.mixers.rg_lru import RGLRUConfig
+from lmtrain.model.mixers.s4d import S4DConfig
 from lmtrain.ops.documents import Documents
 from lmtrain.parallel.context import SequenceContext
 
@@ -51,11 +53,27 @@ BRANCHES: dict[str, Any] = {
     "attention_grouped": AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, rope_theta=100.0),
     "attention_nope": AttentionConfig(num_heads=2, rope=False),
     "attention_window": AttentionConfig(num_heads=4, num_kv_heads=2, window=5),
+    "attention_sinks": AttentionConfig(num_heads=2, sinks=True, bias="all", rope_interleaved=True, window=5),
+    "attention_gated": AttentionConfig(
+        4,
+        num_kv_heads=2,
+        head_dim=4,
+        rope_fraction=0.5,
+        qk_norm=True,
+        qk_norm_over="all",
+        output_gate=True,
+        softcap=2.0,
+    ),
+    "attention_persistent": AttentionConfig(num_heads=2, persistent=3, bias="qkv", sinks=True),
+    "attention_embedded": AttentionConfig(num_heads=2, head_embedding="mul"),
+    "mla": MLAConfig(num_heads=2, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=3),
+    "mla_q_rank": MLAConfig(num_heads=2, kv_rank=5, q_rank=3, nope_dim=3, rope_dim=3, value_dim=4, rope=False),
     "attention_window_1": AttentionConfig(num_heads=2, window=1),
     "gla": GLAConfig(num_heads=2, gate_rank=3, gate_normalizer=2.0),
     "mamba": MambaConfig(d_state=3, dt_rank=2, conv_width=3),
     "longhorn": LonghornConfig(d_state=3, expand=1, conv_width=3),
     "rg_lru": RGLRUConfig(width=12, num_heads=3, conv_width=3),
+    "s4d": S4DConfig(d_state=6),
     "lrnn": LRNNConfig(block_size=4),
     "lstm": LSTMConfig(d_hidden=5),
     "linear_attention": LinearAttentionConfig(num_heads=2, head_dim=3),
@@ -90,7 +108,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of the whole model, where a variant has any."""
 BLIND = {"attention_window_1"} | {name for name in BRANCHES if name.startswith(("mlp", "moe"))}
 """Variants in which a column sees only itself."""
-SOFTMAX = [name for name in VARIANTS if name.startswith("attention")]
+SOFTMAX = [name for name in VARIANTS if name.startswith(("attention", "mla"))]
 
 ROWS, LENGTH = 4, 24
 EDGE = LENGTH // 2  # of the shards of two ranks; also 6 and 18 are cut, as segments, in the tests
@@ -290,3 +308,8 @@ def whole_heads(variant: str, ranks: int) -> bool:
     used = config(variant).order()
     softmax = [BRANCHES[name] for name in used if branch_class(BRANCHES[name].kind).sp == "heads"]
     return bool(softmax) and all(settings.kv_heads % ranks == 0 for settings in softmax)
+
+
+def needs_whole_rows(variant: str) -> bool:
+    """Whether a branch is not affine in its state: a row cut over ranks is refused at start (parallel.supported)."""
+    return any(branch_class(BRANCHES[name].kind).sp == "serial" for name in config(variant).order())

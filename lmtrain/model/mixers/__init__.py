@@ -1,5 +1,41 @@
 """Branches that mix tokens along the row; importing registers them."""
 
-from lmtrain.model.mixers import attention, gla, mamba2
+from lmtrain.model.mixers import (
+    attention,
+    deltanet,
+    gated_deltanet,
+    gla,
+    hgrn2,
+    kda,
+    lightnet,
+    linear_attention,
+    longhorn,
+    lrnn,
+    lstm,
+    mamba,
+    mamba2,
+    mla,
+    retnet,
+    rg_lru,
+    s4d,
+)
 
-__all__ = ["attention", "gla", "mamba2"]
+__all__ = [
+    "attention",
+    "deltanet",
+    "gated_deltanet",
+    "gla",
+    "hgrn2",
+    "kda",
+    "lightnet",
+    "linear_attention",
+    "longhorn",
+    "lrnn",
+    "lstm",
+    "mamba",
+    "mamba2",
+    "mla",
+    "retnet",
+    "rg_lru",
+    "s4d",
+]

@@ -1,4 +1,4 @@
-"""Softmax attention: MHA, GQA or MQA, rotary or no positions, per-head QK-norm, sliding window.
+"""Softmax attention: MHA, GQA or MQA, with what models add to it.
 
 o_i = sum_j softmax_j(q_i . k_j / sqrt(K)) v_j over the j of i's document, at most ``window`` of them, i included
 """
@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lmtrain.errors import UsageError
-from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, register
+from lmtrain.model.answers import Answers
+from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
-from lmtrain.model.init import normal
+from lmtrain.model.init import constant, normal
 from lmtrain.model.norm import RMSNorm
 from lmtrain.model.rope import rotate
+from lmtrain.ops.op import Cost, compute_dtype
 
 
 @dataclass(frozen=True)
-class AttentionConfig:
+class AttentionConfig(Answers):
     """Softmax attention mixer."""
 
     num_heads: int
@@ -35,10 +38,31 @@ class AttentionConfig:
     """Rotary positions; false: none (NoPE)."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
+    rope_fraction: float = 1.0
+    """Part of a head's channels that turn, from the first."""
+    rope_interleaved: bool = False
+    """Turn pairs (2i, 2i + 1) instead of halves (i, i + K/2)."""
     qk_norm: bool = False
-    """RMSNorm on every query and key head before the rotation (Qwen3)."""
+    """RMSNorm of queries and keys before the rotation (Qwen3)."""
+    qk_norm_over: Literal["head", "all"] = "head"
+    """head: each head by itself; all: the heads together (OLMo-2)."""
+    qk_norm_eps: float = 1e-6
+    """Added to the mean square of the query and key norms."""
     window: int | None = None
     """Tokens a query sees, itself included; null: its whole document."""
+    bias: Literal["none", "qkv", "all"] = "none"
+    """Projections with a bias: none, query key and value (Qwen2), or the output too (gpt-oss)."""
+    softcap: float | None = None
+    """Scores become softcap tanh(score / softcap); null: as they are."""
+    sinks: bool = False
+    """One learned logit per head that takes part in the softmax and has no value (gpt-oss)."""
+    output_gate: bool = False
+    """Multiply every head's output by a sigmoid of the input (Qwen3-Next)."""
+    persistent: int = 0
+    """Learned keys and values per head that every token sees (arXiv 1907.01470)."""
+    head_embedding: Literal["none", "add", "mul"] = "none"
+    """One projection for all heads, told apart by an embedding per head: x W + e, or x W * (1 + e). Without rope, e of
+    the keys under add changes no score of one query: what acts is that of queries and values."""
 
     def __post_init__(self) -> None:
         for key in ("num_heads", "num_kv_heads", "head_dim", "window"):
@@ -47,6 +71,14 @@ class AttentionConfig:
                 raise UsageError(f"attention: {key}: expected at least 1, got {value}")
         if self.num_heads % self.kv_heads:
             raise UsageError(f"attention: num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
+        if not 0 < self.rope_fraction <= 1:
+            raise UsageError(f"attention: rope_fraction: expected more than 0 and at most 1, got {self.rope_fraction}")
+        if self.softcap is not None and self.softcap <= 0:
+            raise UsageError(f"attention: softcap: expected a positive number or null, got {self.softcap}")
+        if self.persistent < 0:
+            raise UsageError(f"attention: persistent: expected at least 0, got {self.persistent}")
+        if self.head_embedding != "none" and (self.qk_norm or self.bias != "none"):
+            raise UsageError("attention: head_embedding has one projection for all heads; leave out qk_norm and bias")
 
     @property
     def kv_heads(self) -> int:
@@ -61,24 +93,69 @@ class AttentionConfig:
                 f"set head_dim, or num_heads {lower}"
             )
         width = self.head_dim or d_model // self.num_heads
-        if self.rope and width % 2:
-            raise UsageError(f"attention: rope needs an even head_dim, got {width}")
+        if self.rope and (int(width * self.rope_fraction) % 2 or width * self.rope_fraction < 2):
+            turned = "" if self.rope_fraction == 1 else f" of which {self.rope_fraction:g} turn"
+            raise UsageError(f"attention: rope needs an even head_dim, got {width}{turned}")
         return width
 
-    def num_params(self, d_model: int, active: bool = False) -> int:
-        width = self.width(d_model)
-        return 2 * d_model * width * (self.num_heads + self.kv_heads) + (2 * width if self.qk_norm else 0)
-
-    def flops_per_token(self, d_model: int, seq_len: int, executed: bool = False) -> int:
-        width = self.width(d_model)
+    def scan_cost(self, d_model: int, seq_len: int) -> Cost:
+        """Two products per query, head and key: of all keys as executed, of those seen by definition."""
         span = min(self.window or seq_len, seq_len)
-        keys = seq_len if executed else span - span * (span - 1) / (2 * max(seq_len, 1))  # mean keys seen by a query
-        projections = 4 * d_model * width * (self.num_heads + self.kv_heads)
-        return projections + int(4 * self.num_heads * width * keys)
+        seen = span * seq_len - span * (span - 1) // 2  # pairs of query and key
+        pair = 4 * self.num_heads * self.width(d_model)
+        extra = self.persistent * seq_len
+        return Cost(pair * (seen + extra), pair * (seq_len**2 + extra), 0)
 
     def state_bytes(self, d_model: int, batch: int, seq_len: int) -> int:
         kept = seq_len if self.window is None else min(seq_len, self.window - 1)
         return 4 * batch * kept * 2 * self.kv_heads * self.width(d_model)
+
+
+class Sinks(nn.Module):
+    """A logit per head, always fp32."""
+
+    keeps_fp32 = True
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.empty(num_heads))
+
+    def forward(self, like: Tensor) -> Tensor:
+        return self.logit.to(compute_dtype(like))
+
+
+class Persistent(nn.Module):
+    """Keys and values that belong to the heads; stored small and multiplied, which scales their learning rate."""
+
+    def __init__(self, num_heads: int, count: int, head_dim: int) -> None:
+        super().__init__()
+        self.k = nn.Parameter(torch.empty(num_heads, count, head_dim))
+        self.v = nn.Parameter(torch.empty(num_heads, count, head_dim))
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return self.k * math.sqrt(self.k.shape[2]), self.v * math.sqrt(self.v.shape[1])
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        units, count, head_dim = self.k.shape
+        keys, values = normal(head_dim**-0.5), normal(count**-0.5)
+        return {
+            "k": ParamInfo("embedding", keys, tp_dim=0, tp_units=units),
+            "v": ParamInfo("embedding", values, tp_dim=0, tp_units=units),
+        }
+
+
+class HeadEmbedding(nn.Module):
+    """What tells heads apart that share one projection: ``[H, K]``, added or multiplied."""
+
+    def __init__(self, num_heads: int, head_dim: int, how: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim))
+        self.how = how
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, K]`` to ``[B, T, H, K]``."""
+        x = x[:, :, None]
+        return x + self.weight if self.how == "add" else x * (1 + self.weight)
 
 
 @register("attention")
@@ -91,41 +168,79 @@ class Attention(Branch):
     def __init__(self, cfg: AttentionConfig, d_model: int, place: Place) -> None:
         super().__init__()
         self.cfg, self.place, self.d_model = cfg, place, d_model
-        self.head_dim = cfg.width(d_model)
-        self.q = nn.Linear(d_model, cfg.num_heads * self.head_dim, bias=False)
-        self.k = nn.Linear(d_model, cfg.kv_heads * self.head_dim, bias=False)
-        self.v = nn.Linear(d_model, cfg.kv_heads * self.head_dim, bias=False)
-        self.o = nn.Linear(cfg.num_heads * self.head_dim, d_model, bias=False)
+        width = self.head_dim = cfg.width(d_model)
+        shared = cfg.head_embedding != "none"
+        for name, heads in self._heads().items():
+            self.add_module(name, nn.Linear(d_model, (1 if shared else heads) * width, bias=cfg.bias != "none"))
+            if shared:
+                self.add_module(f"{name}_heads", HeadEmbedding(heads, width, cfg.head_embedding))
+        self.o = nn.Linear(cfg.num_heads * width, d_model, bias=cfg.bias == "all")
+        if cfg.output_gate:
+            self.gate = nn.Linear(d_model, cfg.num_heads * width, bias=False)
         if cfg.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.head_dim, 1e-6), RMSNorm(self.head_dim, 1e-6)
+            every = cfg.qk_norm_over == "all"
+            self.q_norm = RMSNorm(width * (cfg.num_heads if every else 1), cfg.qk_norm_eps)
+            self.k_norm = RMSNorm(width * (cfg.kv_heads if every else 1), cfg.qk_norm_eps)
+        if cfg.sinks:
+            self.sinks = Sinks(cfg.num_heads)
+        if cfg.persistent:
+            self.persistent = Persistent(cfg.kv_heads, cfg.persistent, width)
+
+    def _heads(self) -> dict[str, int]:
+        return {"q": self.cfg.num_heads, "k": self.cfg.kv_heads, "v": self.cfg.kv_heads}
 
     def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
-        batch, length, _ = x.shape
-        q, k, v = (linear(x).view(batch, length, -1, self.head_dim) for linear in (self.q, self.k, self.v))
-        if self.cfg.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if self.cfg.rope:
-            q, k = (rotate(t, ctx.positions, self.cfg.rope_theta) for t in (q, k))
+        cfg, (batch, length, _) = self.cfg, x.shape
+        q, k, v = (self._project(name, x) for name in "qkv")
+        if cfg.rope:
+            q, k = (self._rotate(t, ctx.positions) for t in (q, k))
+        options: dict[str, Any] = {"softcap": cfg.softcap}
+        if cfg.sinks:
+            options["sinks"] = self.sinks(x)
+        if cfg.persistent:
+            options["extra_kv"] = self.persistent()
         scale = 1 / math.sqrt(self.head_dim)
-        o, cache = ctx.attention(q, k, v, window=self.cfg.window, scale=scale, cache=state.get("cache"))
-        return self.o(o.reshape(batch, length, -1)), {} if cache is None else {"cache": cache}, {}
+        o, cache = ctx.attention(q, k, v, window=cfg.window, scale=scale, cache=state.get("cache"), **options)
+        o = o.reshape(batch, length, -1)
+        if cfg.output_gate:
+            o = o * torch.sigmoid(self.gate(x))
+        return self.o(o), {} if cache is None else {"cache": cache}, {}
+
+    def _project(self, name: str, x: Tensor) -> Tensor:
+        """Heads ``[B, T, H, K]``, normalised."""
+        y = self.get_submodule(name)(x)
+        if self.cfg.head_embedding != "none":
+            return self.get_submodule(f"{name}_heads")(y)
+        normed = self.cfg.qk_norm and name != "v"
+        if normed and self.cfg.qk_norm_over == "all":
+            y = self.get_submodule(f"{name}_norm")(y)
+        y = y.unflatten(-1, (-1, self.head_dim))
+        return self.get_submodule(f"{name}_norm")(y) if normed and self.cfg.qk_norm_over == "head" else y
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        cfg = self.cfg
+        return rotate(x, positions, cfg.rope_theta, fraction=cfg.rope_fraction, interleaved=cfg.rope_interleaved)
 
     def param_info(self) -> dict[str, ParamInfo]:
         cfg, d_model, inner = self.cfg, self.d_model, self.cfg.num_heads * self.head_dim
-        std = 0.02
-
-        def matrix(heads: int) -> ParamInfo:
-            fan_out = heads * self.head_dim
-            return ParamInfo("matrix", normal(std), True, fan_in=d_model, fan_out=fan_out, tp_dim=0, tp_units=heads)
-
-        out = normal(std / math.sqrt(self.place.count))
-        info = {
-            "q.weight": matrix(cfg.num_heads),
-            "k.weight": matrix(cfg.kv_heads),
-            "v.weight": matrix(cfg.kv_heads),
-            "o.weight": ParamInfo("matrix", out, True, fan_in=inner, fan_out=d_model, tp_dim=1, tp_units=cfg.num_heads),
-        }
+        std, shared = normal(0.02), cfg.head_embedding != "none"
+        info: dict[str, ParamInfo] = {}
+        for name, heads in self._heads().items():
+            units = None if shared else heads
+            info[f"{name}.weight"] = matrix(std, d_model, (1 if shared else heads) * self.head_dim, rows=units)
+            if cfg.bias != "none":
+                info[f"{name}.bias"] = ParamInfo("bias", constant(0.0), tp_dim=0, tp_units=heads)
+            if shared:
+                info[f"{name}_heads.weight"] = ParamInfo("embedding", std, tp_dim=0, tp_units=heads)
+        info["o.weight"] = matrix(normal(0.02 / math.sqrt(self.place.count)), inner, d_model, columns=cfg.num_heads)
+        if cfg.bias == "all":
+            info["o.bias"] = ParamInfo("bias", constant(0.0))
+        if cfg.output_gate:
+            info["gate.weight"] = matrix(std, d_model, inner, rows=cfg.num_heads)
         if cfg.qk_norm:
-            info |= {"q_norm.weight": self.q_norm.param_info()["weight"]}
-            info |= {"k_norm.weight": self.k_norm.param_info()["weight"]}
+            info |= named("q_norm", self.q_norm.param_info()) | named("k_norm", self.k_norm.param_info())
+        if cfg.sinks:
+            info["sinks.logit"] = ParamInfo("scalar", std, fp32=True, tp_dim=0, tp_units=cfg.num_heads)
+        if cfg.persistent:
+            info |= named("persistent", self.persistent.param_info())
         return info
