@@ -13,7 +13,7 @@ from lmtrain.hub.mamba2 import HEAD, MIXER, OUTSIDE, mixer_reasons
 from lmtrain.hub.settings import differing, distinct
 from lmtrain.hub.table import COPY, EXPERTS, HubClass, Rule, same, zeros
 from lmtrain.model.config import ModelConfig
-from lmtrain.model.ffn.moe import MoEConfig
+from lmtrain.model.ffn.moe_settings import MoEConfig
 
 BLOCKS = {"mamba2": ("mamba", "M"), "attention": ("attention", "*"), "mlp": ("mlp", "-"), "moe": ("moe", "E")}
 """Our kind to its legacy name and pattern letter, which transformers 4, vLLM and llama.cpp know."""

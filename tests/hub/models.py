@@ -10,7 +10,7 @@ from lmtrain.data.tokenizer import Tokenizer, train_bpe
 from lmtrain.hub.export import perturb
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
-from lmtrain.model.ffn.moe import MoEConfig
+from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config

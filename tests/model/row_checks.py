@@ -22,7 +22,7 @@ from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import Context, LocalContext
 from lmtrain.model.decode import decode, prefill
 from lmtrain.model.ffn.mlp import MLPConfig
-from lmtrain.model.ffn.moe import MoEConfig
+from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.init import draw, normal
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
@@ -86,9 +86,15 @@ BRANCHES: dict[str, Any] = {
     "kda": KDAConfig(num_heads=2, head_dim=3, conv_width=3),
     "mlp_swiglu": MLPConfig(d_ff=12),
     "mlp_gelu": MLPConfig(d_ff=12, activation="gelu"),
+    "mlp_geglu": MLPConfig(d_ff=12, activation="geglu", bias=True),
+    "mlp_clamped": MLPConfig(d_ff=12, activation="swiglu_clamped"),
     "mlp_relu2": MLPConfig(d_ff=12, activation="relu2"),
     # without the balancing loss, which belongs to the whole row and is no path from column to column
     "moe": MoEConfig(num_experts=4, top_k=2, d_expert=8, balance="none"),
+    "moe_biased": MoEConfig(4, 2, 8, bias=True, activation="swiglu_clamped", balance="none", normalise_weights=False),
+    "moe_grouped": MoEConfig(
+        6, 2, 8, num_shared=1, shared_gate=True, router="sigmoid", scale=2.5, num_groups=3, top_groups=2, balance="bias"
+    ),
     "moe_shared": MoEConfig(4, 1, 8, num_shared=1, router="sigmoid", balance="bias", activation="gelu"),
 }
 VARIANTS = {name: f"2 * {name}" for name in BRANCHES} | {

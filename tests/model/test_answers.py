@@ -16,7 +16,7 @@ from lmtrain.model.branch import Branch, Place, branch_class, register
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import LocalContext
 from lmtrain.model.ffn.mlp import MLPConfig
-from lmtrain.model.ffn.moe import MoEConfig
+from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
