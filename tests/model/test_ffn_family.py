@@ -118,7 +118,7 @@ def test_groups_bound_the_choice_and_ties_take_the_lower_index() -> None:
     cfg = MoEConfig(6, 3, 4, num_groups=3, top_groups=2)
     logits = torch.tensor([[1.0, 1.0, 3.0, -9.0, -3.0, 1.5], [0.0] * 6])
     weights, chosen, scores = route(cfg, logits, torch.zeros(6))
-    # the groups are worth e + e, e^3 and e^1.5 together with next to nothing: expert 5 is better than 0 and 1 but stands in the third
+    # groups are worth e + e, e^3 and e^1.5 (with next to nothing): expert 5 beats 0 and 1, but stands in the third
     assert chosen.tolist() == [[2, 0, 1], [0, 1, 2]]
     assert torch.equal(scores.gather(-1, chosen) / scores.gather(-1, chosen).sum(-1, keepdim=True), weights)
 
