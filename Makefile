@@ -16,7 +16,7 @@ LIBRARY := $(VENV)/.library
 MODULES := $(VENV)/.modules
 CSRC := $(shell find csrc -type f)
 
-.PHONY: FORCE help install demo test test-distributed test-all lint bench clean
+.PHONY: FORCE help install demo test test-distributed test-all lint bench bench-ops abi-check fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -66,6 +66,15 @@ lint: install ## ruff and mypy
 
 bench: install ## every benchmark; each prints its own table
 	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+
+bench-ops: install ## every op against plain torch and transformers, about six minutes; writes benchmarks/results/ops.json
+	@$(BIN)/python benchmarks/ops.py $(ARGS)
+
+abi-check: install ## the library under torch 2.11 and the newest (downloads 5 GB, CUDA wheels included; keeps 9 GB in build/abi)
+	@$(BIN)/python tests/ops/abi_check.py $(or $(ARGS),"2.11.*" newest)
+
+fuzz: install ## the library's ops on random arguments under AddressSanitizer (a build of its own, minutes)
+	@$(BIN)/python tests/ops/fuzz_bindings.py $(ARGS)
 
 clean: ## remove what builds and tests left behind (the environment stays; `rm -rf .venv` removes it)
 	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis $(LIBRARY)

@@ -21,8 +21,8 @@ class Answers:
         """Cost of the branch's op over one row of ``seq_len`` tokens; none unless overridden."""
         return Cost(0, 0, 0)
 
-    def num_params(self, d_model: int, active: bool = False) -> int:
-        return sum(parameter.numel() for parameter in _built(self, d_model).parameters())
+    def num_params(self, d_model: int, active: bool = False, of_kind: int = 1) -> int:
+        return sum(parameter.numel() for parameter in _built(self, d_model, min(of_kind, 1)).parameters())
 
     def flops_per_token(self, d_model: int, seq_len: int, executed: bool = False) -> int:
         branch = _built(self, d_model)
@@ -36,6 +36,6 @@ class Answers:
 
 
 @cache
-def _built(settings: Any, d_model: int) -> Branch:
+def _built(settings: Any, d_model: int, of_kind: int = 1) -> Branch:
     with torch.device("meta"):
-        return branch_class(settings.kind)(settings, d_model, Place(0, 1))
+        return branch_class(settings.kind)(settings, d_model, Place(of_kind, 2, of_kind, 2))

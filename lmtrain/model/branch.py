@@ -55,11 +55,22 @@ def named(prefix: str, info: dict[str, ParamInfo]) -> dict[str, ParamInfo]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a branch stands: ``index`` of ``count`` branches, the ``of_kind``-th of its kind (from 0)."""
+    """Where a branch stands: ``index`` of ``count``, and the ``of_kind``-th (from 0) of ``kind_count`` of its kind."""
 
     index: int
     count: int
     of_kind: int = 0
+    kind_count: int = 1
+
+    @property
+    def depth(self) -> float:
+        """0 for the first of its kind, 1 for the last: what RWKV's initial values depend on."""
+        return self.of_kind / max(self.kind_count - 1, 1)
+
+    @property
+    def left(self) -> float:
+        """1 for the first of its kind, nearly 0 for the last."""
+        return 1 - self.of_kind / self.kind_count
 
 
 class BranchConfig(Protocol):
@@ -67,8 +78,8 @@ class BranchConfig(Protocol):
 
     kind: str
 
-    def num_params(self, d_model: int, active: bool = False) -> int:
-        """Parameters of one branch; ``active``: those a token uses."""
+    def num_params(self, d_model: int, active: bool = False, of_kind: int = 1) -> int:
+        """Parameters of one branch; ``active``: those a token uses; ``of_kind``: 0 for the first of its kind."""
 
     def flops_per_token(self, d_model: int, seq_len: int, executed: bool = False) -> int:
         """Forward FLOPs per token (a multiply-add is 2); ``executed``: with what the chunked form adds."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,10 @@ class ModelConfig:
 
     def num_params(self, vocab_size: int, active: bool = False) -> int:
         """Parameters of the built model; ``active``: those a token uses."""
-        branches = sum(self.branches[name].num_params(self.d_model, active) for name in self.order())
+        seen, branches = Counter[str](), 0
+        for settings in (self.branches[name] for name in self.order()):
+            branches += settings.num_params(self.d_model, active, seen[settings.kind])
+            seen[settings.kind] += 1
         norms = self.num_norms * self.d_model * (2 if self.norm == "layer" else 1)
         return branches + norms + vocab_size * self.d_model * (1 if self.tie_embeddings else 2)
 

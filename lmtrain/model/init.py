@@ -26,6 +26,16 @@ def constant(value: float) -> Init:
     return lambda shape, generator: torch.full(shape, value)
 
 
+def fixed(values: Tensor) -> Init:
+    """These values, of the parameter's shape; nothing is drawn."""
+    return lambda shape, generator: values.to(torch.float32).expand(shape).clone()
+
+
+def orthogonal(gain: float) -> Init:
+    """Rows (or columns, whichever are fewer) orthonormal, times ``gain``."""
+    return lambda shape, generator: torch.nn.init.orthogonal_(torch.empty(shape), gain, generator=generator)
+
+
 def normal(std: float) -> Init:
     """N(0, std^2)."""
     return lambda shape, generator: torch.randn(shape, generator=generator) * std

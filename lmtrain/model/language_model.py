@@ -45,11 +45,12 @@ class LanguageModel(nn.Module):
     def _build(self) -> Iterator[Block]:
         cfg, seen, index = self.cfg, Counter[str](), 0
         count, one = len(cfg.order()), Multipliers()
+        kinds = Counter(cfg.branches[name].kind for name in cfg.order())
         for names in cfg.blocks():
             branches = []
             for name in names:
                 settings = cfg.branches[name]
-                place = Place(index, count, seen[settings.kind])
+                place = Place(index, count, seen[settings.kind], kinds[settings.kind])
                 branches.append(branch_class(settings.kind)(settings, cfg.d_model, place))
                 seen[settings.kind] += 1
                 index += 1

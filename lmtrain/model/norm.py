@@ -51,4 +51,14 @@ class LayerNorm(Norm):
         return {**super().param_info(), "bias": ParamInfo("bias", constant(0.0))}
 
 
+class HeadNorm(LayerNorm):
+    """LayerNorm of every head by itself (RWKV's GroupNorm): ``[B, T, H, V]`` with weight and bias ``[H V]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype, width = compute_dtype(x), x.shape[-1]
+        y = F.layer_norm(x.to(dtype), (width,), eps=self.eps)
+        weight, bias = (t.to(dtype).unflatten(0, (-1, width)) for t in (self.weight, self.bias))
+        return (y * weight + bias).to(x.dtype)
+
+
 NORMS: dict[NormKind, type[Norm]] = {"rms": RMSNorm, "layer": LayerNorm}

@@ -1,6 +1,7 @@
 """The loss straight from hidden states and head weight: the logits of all tokens are never held at once.
 
-``cross_entropy(hidden @ weight^T, labels)`` with tokens taken ``chunk`` at a time. Two forms:
+``cross_entropy(hidden @ weight^T, labels)`` with tokens taken ``chunk`` at a time: their logits, over which their own
+gradients are written, are the largest thing held besides the gradient of the weight. Two forms:
 
 - ``linear_cross_entropy``: nll and lse per target, both differentiable. Their gradients are known in the backward pass
   only, which makes each chunk's logits anew: 4 matrix products for the 3 of the plain form.
@@ -19,7 +20,9 @@ from torch import Tensor
 from lmtrain.ops.cross_entropy import IGNORE
 from lmtrain.ops.op import check_shape, compute_dtype
 
-CHUNK = 256
+CHUNK = 512
+SLAB = 32  # tokens of a chunk whose probabilities are held at once
+VOCAB_BLOCK = 4096  # rows of a rounded weight gradient that are added to the sum at once
 
 
 def linear_cross_entropy(
@@ -56,26 +59,17 @@ def linear_cross_entropy_sum(
     return total, nll.view(labels.shape), lse.view(labels.shape)
 
 
-class _Logits:
-    """The logits of one chunk after another, in the same memory: fresh pages cost as much as the arithmetic on them."""
+class _LogProbabilities:
+    """Of the logits of a few tokens after another, in the same memory, which stays in the cache."""
 
     def __init__(self, hidden: Tensor, weight: Tensor, chunk: int) -> None:
-        self.inputs = hidden, weight
-        shape = (min(chunk, hidden.shape[0]), weight.shape[0])
-        self.dtype = compute_dtype(hidden)
-        self.product = hidden.new_empty(shape)
-        self.log_p: Tensor | None = None
+        size = min(SLAB, chunk, hidden.shape[0])
+        self.buffer = hidden.new_empty(size, weight.shape[0], dtype=compute_dtype(hidden))
 
-    def of(self, rows: slice) -> Tensor:
-        hidden, weight = self.inputs[0][rows], self.inputs[1]
-        return torch.mm(hidden, weight.t(), out=self.product[: hidden.shape[0]]).to(self.dtype)
-
-    def score(self, rows: slice, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """nll ``[N]``, lse ``[N]`` and log probabilities ``[N, V]``."""
-        logits = self.of(rows)
-        if self.log_p is None:
-            self.log_p = torch.empty_like(logits)
-        log_p = torch.log_softmax(logits, dim=-1, out=self.log_p[: logits.shape[0]])
+    def score(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """nll ``[n]``, lse ``[n]`` and log probabilities ``[n, V]``."""
+        logits = logits.to(self.buffer.dtype)
+        log_p = torch.log_softmax(logits, dim=-1, out=self.buffer[: logits.shape[0]])
         nll = -log_p.gather(-1, index)[:, 0]
         return nll, logits.gather(-1, index)[:, 0] + nll, log_p
 
@@ -91,14 +85,14 @@ class _Gradients:
 
     def add(self, rows: slice, grad_logits: Tensor) -> None:
         hidden, weight = self.inputs
-        grad_logits = grad_logits.to(weight.dtype)
         if self.hidden is not None:
             torch.mm(grad_logits, weight, out=self.hidden[rows])
         if self.weight is not None:
             if self.weight.dtype == weight.dtype:
                 self.weight.addmm_(grad_logits.t(), hidden[rows])
-            else:
-                self.weight += grad_logits.t() @ hidden[rows]
+                return
+            for total, columns in zip(self.weight.split(VOCAB_BLOCK), grad_logits.split(VOCAB_BLOCK, -1), strict=True):
+                total += columns.t() @ hidden[rows]
 
     def final(self) -> tuple[Tensor | None, Tensor | None]:
         return self.hidden, None if self.weight is None else self.weight.to(self.inputs[1].dtype)
@@ -111,9 +105,10 @@ class _PerTarget(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
         valid, index = _targets(labels)
         nll, lse = _empty_results(hidden)
-        logits = _Logits(hidden, weight, chunk)
-        for rows in _chunks(hidden, chunk):
-            nll[rows], lse[rows], _ = logits.score(rows, index[rows])
+        log_probabilities = _LogProbabilities(hidden, weight, chunk)
+        for rows, logits in _chunks(hidden, weight, chunk):
+            for few, part in _slabs(rows, logits):
+                nll[few], lse[few], _ = log_probabilities.score(part, index[few])
         ctx.save_for_backward(hidden, weight, valid, index, lse)
         ctx.chunk = chunk
         zero = nll.new_zeros(())
@@ -123,11 +118,12 @@ class _PerTarget(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, valid, index, lse = ctx.saved_tensors
         grad_nll, grad_lse = (torch.where(valid, grad, grad.new_zeros(())) for grad in grads)
-        logits = _Logits(hidden, weight, ctx.chunk)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2])
-        for rows in _chunks(hidden, ctx.chunk):
-            p = logits.of(rows).sub_(lse[rows, None]).exp_()
-            gradients.add(rows, _grad_logits(p, index[rows], grad_nll[rows], grad_lse[rows]))
+        for rows, logits in _chunks(hidden, weight, ctx.chunk):
+            for few, part in _slabs(rows, logits):
+                log_p = part.to(lse.dtype).sub_(lse[few, None])
+                part.copy_(_grad_logits(log_p, index[few], grad_nll[few], grad_lse[few]))
+            gradients.add(rows, logits)
         return *gradients.final(), None, None
 
 
@@ -149,13 +145,16 @@ class _Sum(torch.autograd.Function):
         nll, lse = _empty_results(hidden)
         scale = torch.ones_like(nll) if loss_weights is None else loss_weights.to(nll.dtype)
         scale = torch.where(valid, scale, scale.new_zeros(()))
-        logits = _Logits(hidden, weight, chunk)
+        log_probabilities = _LogProbabilities(hidden, weight, chunk)
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2] if grad else (False, False))
-        for rows in _chunks(hidden, chunk):
-            nll[rows], lse[rows], log_p = logits.score(rows, index[rows])
+        for rows, logits in _chunks(hidden, weight, chunk):
+            for few, part in _slabs(rows, logits):
+                nll[few], lse[few], log_p = log_probabilities.score(part, index[few])
+                if grad:
+                    grad_lse = 2 * z_loss * scale[few] * lse[few]
+                    part.copy_(_grad_logits(log_p, index[few], scale[few], grad_lse))
             if grad:
-                grad_lse = 2 * z_loss * scale[rows] * lse[rows]
-                gradients.add(rows, _grad_logits(log_p.exp_(), index[rows], scale[rows], grad_lse))
+                gradients.add(rows, logits)
         zero = nll.new_zeros(())
         nll, lse = torch.where(valid, nll, zero), torch.where(valid, lse, zero)
         ctx.gradients = gradients.final()
@@ -172,8 +171,22 @@ class _Sum(torch.autograd.Function):
         return *(None if grad is None else grad.mul_(grads[0]) for grad in found), None, None, None, None, None
 
 
-def _chunks(hidden: Tensor, chunk: int) -> Iterator[slice]:
-    return (slice(first, first + chunk) for first in range(0, hidden.shape[0], chunk))
+def _chunks(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Tokens and their logits ``[n, V]``, all in the same memory: fresh pages cost as much as the arithmetic on them.
+
+    The gradients of the logits are written over them.
+    """
+    buffer = hidden.new_empty(min(chunk, hidden.shape[0]), weight.shape[0])
+    for first in range(0, hidden.shape[0], chunk):
+        rows = slice(first, min(first + chunk, hidden.shape[0]))
+        yield rows, torch.mm(hidden[rows], weight.t(), out=buffer[: rows.stop - first])
+
+
+def _slabs(rows: slice, logits: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """A few tokens of a chunk at a time, with a view of their logits."""
+    for first in range(rows.start, rows.stop, SLAB):
+        few = slice(first, min(first + SLAB, rows.stop))
+        yield few, logits[few.start - rows.start : few.stop - rows.start]
 
 
 def _targets(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,9 +200,9 @@ def _empty_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return nll, torch.empty_like(nll)
 
 
-def _grad_logits(p: Tensor, index: Tensor, grad_nll: Tensor, grad_lse: Tensor) -> Tensor:
-    """In place of the probabilities."""
-    return p.mul_((grad_nll + grad_lse)[:, None]).scatter_add_(-1, index, -grad_nll[:, None])
+def _grad_logits(log_p: Tensor, index: Tensor, grad_nll: Tensor, grad_lse: Tensor) -> Tensor:
+    """In place of the log probabilities."""
+    return log_p.exp_().mul_((grad_nll + grad_lse)[:, None]).scatter_add_(-1, index, -grad_nll[:, None])
 
 
 def _check(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, chunk: int) -> None:

@@ -23,6 +23,7 @@ from lmtrain.model.context import Context, LocalContext
 from lmtrain.model.decode import decode, prefill
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
+from lmtrain.model.ffn.rwkv_channel import RWKVChannelConfig
 from lmtrain.model.init import draw, normal
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
@@ -41,6 +42,9 @@ from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.model.mixers.mla import MLAConfig
 from lmtrain.model.mixers.retnet import RetNetConfig
 from lmtrain.model.mixers.rg_lru import RGLRUConfig
+from lmtrain.model.mixers.rwkv4 import RWKV4Config
+from lmtrain.model.mixers.rwkv6 import RWKV6Config
+from lmtrain.model.mixers.rwkv7 import RWKV7Config
 from lmtrain.model.mixers.s4d import S4DConfig
 from lmtrain.ops.documents import Documents
 from lmtrain.parallel.context import SequenceContext
@@ -84,6 +88,11 @@ BRANCHES: dict[str, Any] = {
     "deltanet": DeltaNetConfig(num_heads=2, head_dim=3, conv_width=2, negative_eigenvalues=True),
     "gated_deltanet": GatedDeltaNetConfig(num_heads=2, num_value_heads=4, head_dim=3, value_dim=5),
     "kda": KDAConfig(num_heads=2, head_dim=3, conv_width=3),
+    "rwkv4": RWKV4Config(),
+    "rwkv6": RWKV6Config(head_dim=4, mix_rank=3, decay_rank=2),
+    "rwkv7": RWKV7Config(head_dim=4, decay_rank=2, rate_rank=3, value_rank=2, gate_rank=3),
+    "rwkv_channel_4": RWKVChannelConfig(d_ff=12, version="4"),
+    "rwkv_channel_7": RWKVChannelConfig(d_ff=12),
     "mlp_swiglu": MLPConfig(d_ff=12),
     "mlp_gelu": MLPConfig(d_ff=12, activation="gelu"),
     "mlp_geglu": MLPConfig(d_ff=12, activation="geglu", bias=True),

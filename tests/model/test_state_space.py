@@ -17,6 +17,7 @@ from lmtrain.model.branch import Place
 from lmtrain.model.context import LocalContext
 from lmtrain.model.mixers.longhorn import LonghornConfig
 from lmtrain.model.mixers.mamba import MambaConfig
+from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.model.mixers.s4d import S4DConfig
 from lmtrain.ops.documents import Documents
 from tests.model.parity import (
@@ -150,11 +151,33 @@ def test_initial_modes() -> None:
         assert_uniform(drawn[name], 1 / 8)
 
 
+@pytest.mark.parametrize("make", [Mamba2Config, MambaConfig])
+def test_mimetic_initial_values(make: Any) -> None:
+    """Steps of 1 for every token, 1 / e of the state left after the length, C = B, convolutions that do nothing."""
+    usual, drawn = (initial(make(mimetic_length=length), 64, Place(3, 9)) for length in (None, 100))
+    convs = ("conv_x", "conv_bc") if make is Mamba2Config else ("conv.weight",)
+    biases = ("conv_x_bias", "conv_bc_bias") if make is Mamba2Config else ("conv.bias",)
+    step = "dt.weight" if make is Mamba2Config else "dt_out.weight"
+    assert (drawn[step] == 0).all() and all((drawn[name] == 0).all() for name in biases)
+    torch.testing.assert_close(F.softplus(drawn["decay.dt_bias"]).mean(), torch.tensor(1.0).double())
+    torch.testing.assert_close((-100 * drawn["decay.A_log"].exp()).exp().mean(), torch.tensor(-1.0).double().exp())
+    for name in convs:
+        assert torch.equal(drawn[name][:, -1], torch.ones(len(drawn[name])).double())
+        assert (drawn[name][:, :-1] == 0).all()
+    assert torch.equal(drawn["B.weight"], drawn["C.weight"])
+    assert_uniform(drawn["B.weight"], drawn["B.weight"].shape[1] ** -0.5)
+    assert not torch.equal(drawn["B.weight"], initial(make(mimetic_length=100), 64, Place(4, 9))["B.weight"])
+    changed = {name for name in drawn if not torch.equal(drawn[name], usual[name])}
+    assert changed == {step, "B.weight", "C.weight", "decay.A_log", "decay.dt_bias", *convs, *biases}
+
+
 @pytest.mark.parametrize(
     ("make", "says"),
     [
         (lambda: MambaConfig(d_state=0), "mamba: d_state: expected at least 1, got 0"),
         (lambda: MambaConfig(dt_rank=0), "mamba: dt_rank: expected at least 1, got 0"),
+        (lambda: MambaConfig(mimetic_length=0), "mamba: mimetic_length: expected at least 1, got 0"),
+        (lambda: Mamba2Config(mimetic_length=0), "mamba2: mimetic_length: expected at least 1, got 0"),
         (lambda: LonghornConfig(conv_width=1), "longhorn: conv_width: expected at least 2, got 1"),
         (lambda: S4DConfig(d_state=7), "s4d: d_state: expected an even number of at least 2, got 7; use 8"),
         (lambda: S4DConfig(d_state=0), "s4d: d_state: expected an even number of at least 2, got 0; use 2"),

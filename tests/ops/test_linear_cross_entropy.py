@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lmtrain.ops.cross_entropy import IGNORE, cross_entropy
 from lmtrain.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_sum
 
+module = sys.modules[linear_cross_entropy.__module__]  # of the same name as the function, which hides it
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-2}
 CHUNKS = (1, 7, 64, 1000)  # the rows are 2 x 65
 Z_LOSS = 0.3
@@ -98,6 +100,21 @@ def test_values_have_the_bits_of_the_full_form() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_pieces_do_not_change_the_results(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def results() -> list[Tensor]:
+        tensors = case(dtype)
+        per_target, summed = linear_cross_entropy(**tensors)[0], linear_cross_entropy_sum(**tensors)
+        found = [gradients(tensors, loss).values() for loss in (per_target.sum(), summed[0])]
+        return [*summed, per_target, *(grad for grads in found for grad in grads)]
+
+    whole = results()
+    monkeypatch.setattr(module, "SLAB", 3)
+    monkeypatch.setattr(module, "VOCAB_BLOCK", 10)
+    for got, want in zip(results(), whole, strict=True):
+        assert_close(got, want, TOLERANCE[dtype])
+
+
 def test_gradcheck() -> None:
     tensors = case(length=3, vocab=5, dim=4)
     leaves = (tensors["hidden"], tensors["weight"])
@@ -163,9 +180,10 @@ class _Largest(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("form", [linear_cross_entropy, linear_cross_entropy_sum])
-def test_never_holds_more_logits_than_a_chunk(form: Any) -> None:
-    tensors = case(length=200, vocab=300, dim=2)
+def test_never_holds_more_logits_than_a_chunk(form: Any, dtype: torch.dtype) -> None:
+    tensors = case(dtype, length=200, vocab=300, dim=2)
     with _Largest() as seen:
         form(**tensors, chunk=16)[0].sum().backward()
     assert seen.elements == 16 * 300

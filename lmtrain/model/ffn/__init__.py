@@ -1,5 +1,5 @@
-"""Branches that act on each token alone; importing registers them."""
+"""Branches that act on each token alone, or with the one before it; importing registers them."""
 
-from lmtrain.model.ffn import mlp, moe
+from lmtrain.model.ffn import mlp, moe, rwkv_channel
 
-__all__ = ["mlp", "moe"]
+__all__ = ["mlp", "moe", "rwkv_channel"]

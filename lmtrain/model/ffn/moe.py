@@ -3,8 +3,8 @@
     y = sum_chosen w_e expert_e(x) + shared(x)          expert(x) = W_down f(W_up x), or gated as in SwiGLU
 
 Which experts, with what weights: ``router``. Balance: ``aux`` is Switch's loss per row (arXiv 2101.03961, eq. 4-6, on
-one sequence), which no mesh and no accumulation changes; ``bias`` adds to the scores, for the choice alone, a bias moved
-against the load once per optimizer step (arXiv 2408.15664).
+one sequence), which no mesh and no accumulation changes; ``bias`` adds to the scores, for the choice alone, a bias that
+is moved against the load once per optimizer step (arXiv 2408.15664).
 """
 
 from __future__ import annotations

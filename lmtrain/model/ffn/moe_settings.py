@@ -85,7 +85,7 @@ class MoEConfig:
         width = self.num_shared * (self.d_shared or self.d_expert)
         return MLPConfig(d_ff=width, activation=self.activation) if width else None
 
-    def num_params(self, d_model: int, active: bool = False) -> int:
+    def num_params(self, d_model: int, active: bool = False, of_kind: int = 1) -> int:
         return self._matrices(d_model, active) + self._biases(d_model, active)
 
     def _matrices(self, d_model: int, active: bool) -> int:

@@ -17,6 +17,9 @@ from lmtrain.model.mixers import (
     mla,
     retnet,
     rg_lru,
+    rwkv4,
+    rwkv6,
+    rwkv7,
     s4d,
 )
 
@@ -37,5 +40,8 @@ __all__ = [
     "mla",
     "retnet",
     "rg_lru",
+    "rwkv4",
+    "rwkv6",
+    "rwkv7",
     "s4d",
 ]

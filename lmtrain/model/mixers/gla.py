@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
-from lmtrain.model.norm import RMSNorm
+from lmtrain.model.readout import Readout
+from lmtrain.model.settings import at_least, head_width
 from lmtrain.ops import gla
 from lmtrain.ops.op import Cost, compute_dtype
 
@@ -42,16 +42,12 @@ class GLAConfig(Answers):
     norm_eps: float = 1e-5
     """Added to the mean square of the norm over each head."""
 
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_heads", "gate_rank")
+
     def widths(self, d_model: int) -> tuple[int, int]:
         """Key and value channels of a head. UsageError unless both are whole numbers of at least 1."""
-        widths = []
-        for key in ("expand_k", "expand_v"):
-            width = d_model * getattr(self, key) / self.num_heads
-            if width < 1 or width != int(width):
-                share = f"{key} {getattr(self, key)} of d_model {d_model}"
-                raise UsageError(f"gla: {share} does not divide by num_heads {self.num_heads}")
-            widths.append(int(width))
-        return widths[0], widths[1]
+        return head_width(self, "expand_k", d_model), head_width(self, "expand_v", d_model)
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
         key_dim, value_dim = self.widths(d_model)
@@ -88,12 +84,10 @@ class GatedLinearAttention(Branch):
         self.q = nn.Linear(d_model, keys, bias=False)
         self.k = nn.Linear(d_model, keys, bias=False)
         self.v = nn.Linear(d_model, values, bias=False)
-        self.gate = nn.Linear(d_model, values, bias=False)
         self.decay_in = nn.Linear(d_model, cfg.gate_rank, bias=False)
         self.decay_out = nn.Linear(cfg.gate_rank, keys, bias=False)
         self.decay = LogDecay(keys, cfg.gate_normalizer)
-        self.norm = RMSNorm(self.value_dim, cfg.norm_eps)
-        self.o = nn.Linear(values, d_model, bias=False)
+        self.out = Readout(d_model, cfg.num_heads, self.value_dim, eps=cfg.norm_eps, gate="silu")
 
     def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
         batch, length, _ = x.shape
@@ -102,8 +96,7 @@ class GatedLinearAttention(Branch):
         v = self.v(x).view(batch, length, -1, self.value_dim)
         q = q * self.key_dim**-0.5
         y, after = ctx.scan(gla, v, q, k, g, None, initial_state=state.get("gla"))
-        y = self.norm(y).flatten(2) * F.silu(self.gate(x))
-        return self.o(y), {"gla": after} if ctx.carries else {}, {}
+        return self.out(y, x), {"gla": after} if ctx.carries else {}, {}
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"gla": (self.cfg.num_heads, self.key_dim, self.value_dim)}
@@ -115,10 +108,8 @@ class GatedLinearAttention(Branch):
             "q.weight": matrix(init, d_model, keys, rows=heads),
             "k.weight": matrix(init, d_model, keys, rows=heads),
             "v.weight": matrix(init, d_model, values, rows=heads),
-            "gate.weight": matrix(init, d_model, values, rows=heads),
             "decay_in.weight": matrix(init, d_model, rank),
             "decay_out.weight": matrix(init, rank, keys, rows=heads),
             "decay.bias": ParamInfo("decay", constant(0.0), fp32=True, tp_dim=0, tp_units=heads),
-            **named("norm", self.norm.param_info()),
-            "o.weight": matrix(init, values, d_model, columns=heads),
+            **named("out", self.out.param_info(init)),
         }

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
-from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, register
+from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
-from lmtrain.model.init import constant, fan_in_uniform, log_uniform_range, softplus_inverse_of_log_uniform
+from lmtrain.model.init import constant, fan_in_uniform, log_uniform_range
+from lmtrain.model.mimetic import mimetic
+from lmtrain.model.state_space import DecayRate, Skip
 from lmtrain.ops import causal_conv1d, ssd
-from lmtrain.ops.op import Cost, compute_dtype
+from lmtrain.ops.op import Cost
 from lmtrain.ops.rmsnorm import rmsnorm
 
 
@@ -44,11 +45,14 @@ class Mamba2Config(Answers):
     """Tokens per chunk of the scan; does not change the function."""
     norm_eps: float = 1e-5
     """Added to the mean square of the gated norm."""
+    mimetic_length: int | None = None
+    """Start as linear attention over so many tokens (arXiv 2410.11135); default: the usual initial values."""
 
     def __post_init__(self) -> None:
-        for key in ("d_state", "head_dim", "expand", "num_groups", "chunk"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"mamba2: {key}: expected at least 1, got {getattr(self, key)}")
+        for key in ("d_state", "head_dim", "expand", "num_groups", "chunk", "mimetic_length"):
+            value = getattr(self, key)
+            if value is not None and value < 1:
+                raise UsageError(f"mamba2: {key}: expected at least 1, got {value}")
         if self.conv_width < 2:
             raise UsageError(f"mamba2: conv_width: expected at least 2, got {self.conv_width}")
 
@@ -71,36 +75,6 @@ class Mamba2Config(Answers):
         _, heads, _ = self.sizes(d_model)
         keys = (1, seq_len, self.num_groups, self.d_state)
         return ssd.cost((1, seq_len, heads, self.head_dim), (1, seq_len, heads), keys, keys, chunk=self.chunk)
-
-
-class DecayRate(nn.Module):
-    """Step sizes and log decays, always fp32: ``dt = softplus(dt_raw + dt_bias)``, ``log a = -exp(A_log) dt``."""
-
-    keeps_fp32 = True
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.dt_bias = nn.Parameter(torch.empty(num_heads))
-        self.A_log = nn.Parameter(torch.empty(num_heads))
-
-    def forward(self, dt_raw: Tensor) -> tuple[Tensor, Tensor]:
-        """``[B, T, H]`` to dt and log a, both ``[B, T, H]`` in the computing dtype."""
-        dt = F.softplus(dt_raw.to(compute_dtype(dt_raw)) + self.dt_bias)
-        return dt, -torch.exp(self.A_log) * dt
-
-
-class Skip(nn.Module):
-    """Adds ``D x`` per head, D always fp32."""
-
-    keeps_fp32 = True
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.D = nn.Parameter(torch.empty(num_heads))
-
-    def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y + D x``, all ``[B, T, H, P]``; y in the computing dtype."""
-        return torch.addcmul(y, self.D[:, None], x.to(y.dtype))
 
 
 @register("mamba2")
@@ -139,9 +113,9 @@ class Mamba2(Branch):
         values, b, c = u.split([u.shape[-1] - 2 * keys, keys, keys], dim=-1)
         values = values.reshape(batch, length, -1, cfg.head_dim)
         b, c = (t.reshape(batch, length, -1, cfg.d_state) for t in (b, c))
-        dt, log_a = self.decay(self.dt(x))
+        dt, rates = self.decay(self.dt(x))
         scaled = values.to(dt.dtype) * dt[..., None]
-        y, ssm = ctx.scan(ssd, scaled, log_a, b, c, initial_state=state.get("ssm"), chunk=cfg.chunk)
+        y, ssm = ctx.scan(ssd, scaled, rates * dt, b, c, initial_state=state.get("ssm"), chunk=cfg.chunk)
         y = rmsnorm(self.skip(y, values).flatten(2), self.norm, eps=cfg.norm_eps, gate=z, num_groups=cfg.num_groups)
         return self.o(y.to(x.dtype)), {"conv": tail, "ssm": ssm} if ctx.carries else {}, {}
 
@@ -154,8 +128,7 @@ class Mamba2(Branch):
         width, groups = self.cfg.conv_width, self.cfg.num_groups
         linear, conv = fan_in_uniform(self.d_model), fan_in_uniform(width)
         out = fan_in_uniform(inner, 1 / math.sqrt(self.place.count))
-
-        return {
+        info = {
             "z.weight": matrix(linear, self.d_model, inner, rows=heads),
             "x.weight": matrix(linear, self.d_model, inner, rows=heads),
             "B.weight": matrix(linear, self.d_model, keys // 2),
@@ -165,11 +138,10 @@ class Mamba2(Branch):
             "conv_x_bias": ParamInfo("bias", conv, tp_dim=0, tp_units=heads),
             "conv_bc": ParamInfo("conv", conv),
             "conv_bc_bias": ParamInfo("bias", conv),
-            "decay.dt_bias": ParamInfo(
-                "decay", softplus_inverse_of_log_uniform(1e-3, 1e-1, 1e-4), fp32=True, tp_dim=0, tp_units=heads
-            ),
-            "decay.A_log": ParamInfo("decay", log_uniform_range(1.0, 16.0), fp32=True, tp_dim=0, tp_units=heads),
-            "skip.D": ParamInfo("scalar", constant(1.0), fp32=True, tp_dim=0, tp_units=heads),
+            **named("decay", self.decay.param_info(heads, log_uniform_range(1.0, 16.0))),
+            **named("skip", self.skip.param_info(heads)),
             "norm": ParamInfo("norm", constant(1.0), tp_dim=0, tp_units=groups),
             "o.weight": matrix(out, inner, self.d_model, columns=heads),
         }
+        length, taps, biases = self.cfg.mimetic_length, ("conv_x", "conv_bc"), ("conv_x_bias", "conv_bc_bias")
+        return mimetic(info, length, self.place, steps="dt.weight", taps=taps, biases=biases) if length else info

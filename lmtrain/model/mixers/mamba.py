@@ -1,0 +1,65 @@
+"""Mamba (arXiv 2312.00752): a scan whose step size, keys and queries depend on the token.
+
+dt = softplus(raw + dt_bias)      A = -exp(A_log)
+h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] u_t[d]      y_t[d] = sum_n C_t[n] h_t[d,n] + D[d] u_t[d]
+
+u, raw, B, C and the output: ``selective``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Generator, Tensor
+
+from lmtrain.errors import UsageError
+from lmtrain.model.branch import ParamInfo, Place, named, register
+from lmtrain.model.mimetic import mimetic
+from lmtrain.model.mixers.selective import Selective, SelectiveConfig
+from lmtrain.model.state_space import DecayRate
+
+
+@dataclass(frozen=True)
+class MambaConfig(SelectiveConfig):
+    """Mamba mixer."""
+
+    kind: str = "mamba"
+    """mamba"""
+    mimetic_length: int | None = None
+    """Start as linear attention over so many tokens (arXiv 2410.11135); default: the usual initial values."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mimetic_length is not None and self.mimetic_length < 1:
+            raise UsageError(f"mamba: mimetic_length: expected at least 1, got {self.mimetic_length}")
+
+    def rates(self, inner: int) -> tuple[int, ...]:
+        return inner, self.d_state
+
+
+@register("mamba")
+class Mamba(Selective):
+    """See the module; state: ``Selective``."""
+
+    Config: ClassVar[type[MambaConfig]] = MambaConfig
+
+    def __init__(self, cfg: MambaConfig, d_model: int, place: Place) -> None:
+        super().__init__(cfg, d_model, place)
+        self.mimetic_length = cfg.mimetic_length
+        self.decay = DecayRate(*cfg.rates(self.inner))
+
+    def steps(self, raw: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
+        dt, rates = self.decay(raw)
+        return dt, rates
+
+    def param_info(self) -> dict[str, ParamInfo]:
+        info = super().param_info() | named("decay", self.decay.param_info(self.inner, log_of_one_to_n))
+        length, taps, biases = self.mimetic_length, ("conv.weight",), ("conv.bias",)
+        return mimetic(info, length, self.place, steps="dt_out.weight", taps=taps, biases=biases) if length else info
+
+
+def log_of_one_to_n(shape: tuple[int, ...], generator: Generator) -> Tensor:
+    """``log(1..N)`` in every row: S4D-Real."""
+    return torch.arange(1, shape[1] + 1).float().log().expand(shape).clone()
