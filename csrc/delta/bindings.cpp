@@ -1,5 +1,5 @@
-// lmtrain::delta and its backward: checks, allocation and the split into tasks. Fake and autograd are in
-// lmtrain/ops/delta.py, which also takes the exponential of the decay and repeats keys over value heads.
+// lmtrain::delta and its backward: checks, allocation, the cut into pieces and the split into tasks. Fake and autograd
+// are in lmtrain/ops/delta.py, which also repeats keys over value heads.
 #include <optional>
 #include <tuple>
 
@@ -10,6 +10,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "delta/kernel.h"
+#include "pieces.h"
 
 namespace {
 
@@ -20,11 +21,12 @@ using torch::stable::Tensor;
 // The inputs, contiguous and checked, and the parameters that point to them.
 struct Inputs {
     Tensor v, q, k, beta;
-    std::optional<Tensor> decay, starts, initial_state;
+    std::optional<Tensor> log_decay, starts, initial_state;
+    std::optional<lm::Pieces> pieces;
     Params p = {};
 
     Inputs(const Tensor& v_, const Tensor& q_, const Tensor& k_, const Tensor& beta_,
-           const std::optional<Tensor>& decay_, const std::optional<Tensor>& starts_,
+           const std::optional<Tensor>& log_decay_, const std::optional<Tensor>& starts_,
            const std::optional<Tensor>& initial_state_) {
         STD_TORCH_CHECK(v_.dim() == 4, "delta: v: expected [B, T, H, V], got ", v_.dim(), " dims");
         STD_TORCH_CHECK(v_.scalar_type() == ScalarType::Float || v_.scalar_type() == ScalarType::Double,
@@ -37,23 +39,22 @@ struct Inputs {
         q = dense("q", q_, tokens * p.keys);
         k = dense("k", k_, tokens * p.keys);
         beta = dense("beta", beta_, tokens);
-        if (decay_) {
-            STD_TORCH_CHECK(decay_->dim() == 4 && (decay_->size(3) == 1 || decay_->size(3) == p.keys),
-                            "delta: decay: expected [B, T, H, 1] or [B, T, H, K]");
-            p.decays = decay_->size(3);
-            decay = dense("decay", *decay_, tokens * p.decays);
-            p.decay = decay->const_data_ptr();
+        if (log_decay_) {
+            log_decay = dense("log_decay", *log_decay_, tokens);
+            p.log_decay = log_decay->const_data_ptr();
         }
         if (starts_) {
             STD_TORCH_CHECK(starts_->scalar_type() == ScalarType::Bool && starts_->numel() == p.batch * p.length,
                             "delta: starts: expected bool [B, T]");
             starts = torch::stable::contiguous(*starts_);
-            p.starts = static_cast<const bool*>(starts->const_data_ptr());
         }
         if (initial_state_) {
             initial_state = dense("initial_state", *initial_state_, state_elements());
             p.initial_state = initial_state->const_data_ptr();
         }
+        const auto* start = starts ? static_cast<const bool*>(starts->const_data_ptr()) : nullptr;
+        pieces.emplace(p.batch, p.length, kChunk, start, p.initial_state != nullptr);
+        p.pieces = pieces->all.data(), p.first = pieces->first.data();
         p.v = v.const_data_ptr(), p.q = q.const_data_ptr(), p.k = k.const_data_ptr(), p.beta = beta.const_data_ptr();
     }
 
@@ -68,6 +69,7 @@ struct Inputs {
     }
 
     Tensor empty(int64_t size) const { return torch::stable::new_empty(v, {p.batch, p.length, p.heads, size}); }
+    Tensor empty_rates() const { return torch::stable::new_empty(v, {p.batch, p.length, p.heads}); }
     Tensor empty_state() const { return torch::stable::new_empty(v, {p.batch, p.heads, p.keys, p.width}); }
 
     // Runs every head of every row on as many threads as pay, each with its own scratch.
@@ -89,46 +91,53 @@ struct Inputs {
     }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& v, const Tensor& q, const Tensor& k, const Tensor& beta,
-                                   const std::optional<Tensor>& decay, const std::optional<Tensor>& starts,
-                                   const std::optional<Tensor>& initial_state) {
-    Inputs in(v, q, k, beta, decay, starts, initial_state);
-    Tensor y = in.empty(in.p.width), final_state = in.empty_state();
-    in.p.y = y.mutable_data_ptr();
-    in.p.final_state = final_state.mutable_data_ptr();
-    in.run(LM_CPU(delta_forward), forward_scratch(in.p));
-    return {y, final_state};
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& v, const Tensor& q, const Tensor& k,
+                                                   const Tensor& beta, const std::optional<Tensor>& log_decay,
+                                                   const std::optional<Tensor>& starts,
+                                                   const std::optional<Tensor>& initial_state) {
+    Inputs in(v, q, k, beta, log_decay, starts, initial_state);
+    Params& p = in.p;
+    Tensor y = in.empty(p.width), final_state = in.empty_state(), wrong = in.empty(p.width);
+    Tensor entering = torch::stable::new_empty(in.v, {p.batch, p.heads, slots(p.length), p.keys, p.width});
+    p.y = y.mutable_data_ptr(), p.final_state = final_state.mutable_data_ptr();
+    p.wrong = wrong.mutable_data_ptr(), p.entering = entering.mutable_data_ptr();
+    in.run(LM_CPU(delta_forward), forward_scratch(p));
+    return {y, final_state, wrong, entering};
 }
 
 // Without a decay its gradient is empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_y, const Tensor& grad_final, const Tensor& v, const Tensor& q, const Tensor& k,
-    const Tensor& beta, const std::optional<Tensor>& decay, const std::optional<Tensor>& starts,
-    const std::optional<Tensor>& initial_state) {
-    Inputs in(v, q, k, beta, decay, starts, initial_state);
+    const Tensor& beta, const std::optional<Tensor>& log_decay, const std::optional<Tensor>& starts,
+    const std::optional<Tensor>& initial_state, const Tensor& wrong, const Tensor& entering) {
+    Inputs in(v, q, k, beta, log_decay, starts, initial_state);
     Params& p = in.p;
     const Tensor grad_y_dense = in.dense("grad_y", grad_y, v.numel());
     const Tensor grad_final_dense = in.dense("grad_final", grad_final, in.state_elements());
+    Tensor wrong_dense = in.dense("wrong", wrong, v.numel());
+    Tensor entering_dense = in.dense("entering", entering, in.state_elements() * slots(p.length));
     Tensor grad_v = in.empty(p.width), grad_q = in.empty(p.keys), grad_k = in.empty(p.keys);
-    Tensor grad_beta = torch::stable::new_empty(in.v, {p.batch, p.length, p.heads});
-    Tensor grad_decay = in.empty(p.decays), grad_initial = in.empty_state();
+    Tensor grad_beta = in.empty_rates(), grad_initial = in.empty_state();
+    Tensor grad_log_decay = log_decay ? in.empty_rates() : torch::stable::new_empty(in.v, {0});
     p.grad_y = grad_y_dense.const_data_ptr(), p.grad_final = grad_final_dense.const_data_ptr();
+    p.wrong = wrong_dense.mutable_data_ptr(), p.entering = entering_dense.mutable_data_ptr();
     p.grad_v = grad_v.mutable_data_ptr(), p.grad_q = grad_q.mutable_data_ptr(), p.grad_k = grad_k.mutable_data_ptr();
-    p.grad_beta = grad_beta.mutable_data_ptr(), p.grad_decay = grad_decay.mutable_data_ptr();
-    p.grad_initial = grad_initial.mutable_data_ptr();
+    p.grad_beta = grad_beta.mutable_data_ptr(), p.grad_initial = grad_initial.mutable_data_ptr();
+    p.grad_log_decay = log_decay ? grad_log_decay.mutable_data_ptr() : nullptr;
     in.run(LM_CPU(delta_backward), backward_scratch(p));
-    return {grad_v, grad_q, grad_k, grad_beta, grad_decay, grad_initial};
+    return {grad_v, grad_q, grad_k, grad_beta, grad_log_decay, grad_initial};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(lmtrain, m) {
     m.def(
-        "delta(Tensor v, Tensor q, Tensor k, Tensor beta, Tensor? decay, Tensor? starts, Tensor? initial_state)"
-        " -> (Tensor, Tensor)");
+        "delta(Tensor v, Tensor q, Tensor k, Tensor beta, Tensor? log_decay, Tensor? starts, Tensor? initial_state)"
+        " -> (Tensor, Tensor, Tensor, Tensor)");
     m.def(
-        "delta_backward(Tensor grad_y, Tensor grad_final, Tensor v, Tensor q, Tensor k, Tensor beta, Tensor? decay,"
-        " Tensor? starts, Tensor? initial_state) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+        "delta_backward(Tensor grad_y, Tensor grad_final, Tensor v, Tensor q, Tensor k, Tensor beta, Tensor? log_decay,"
+        " Tensor? starts, Tensor? initial_state, Tensor wrong, Tensor entering)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmtrain, CPU, m) {

@@ -14,7 +14,7 @@ template <typename IO, int ROWS, int VECS>
 struct Tile {
     using T = typename IO::Compute;
     using Vec = typename IO::Vec;
-    static constexpr int lanes = kLanes<IO>, vectors = VECS;
+    static constexpr int lanes = kLanes<IO>, vectors = VECS, rows = ROWS;
     Vec at[ROWS][VECS] = {};
 
     // += A B. A's element (row, step) is a[row * row_stride + step * step_stride]; B's rows are `ldb` apart.
@@ -25,7 +25,7 @@ struct Tile {
             for (int v = 0; v < VECS; ++v) right[v] = copy_in<Vec>(b + v * lanes, lanes);
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) {
-                const Vec left = a[r * row_stride] - Vec{};  // in every lane
+                const Vec left = splat<Vec>(a[r * row_stride]);
 #pragma GCC unroll 2
                 for (int v = 0; v < VECS; ++v) at[r][v] += left * right[v];
             }
@@ -50,22 +50,29 @@ struct Tile {
         each([&](Vec& value, int r, int column) LM_INLINE { copy_out(to + r * ld + column, value, lanes); });
     }
 
-    // The first `columns` of each row, added to what is there.
-    LM_INLINE void add_to(T* to, int64_t ld, int64_t columns) {
-        each([&](Vec& value, int r, int column) LM_INLINE {
-            const int64_t left = columns - column;
-            const int count = static_cast<int>(left < 0 ? 0 : left < lanes ? left : lanes);
-            copy_out(to + r * ld + column, value + copy_in<Vec>(to + r * ld + column, count), count);
-        });
-    }
-
-    // The first `columns` of each row.
+    // The first `columns` of each row. Through memory only where a row is cut: the tile itself stays in registers.
     LM_INLINE void store(T* to, int64_t ld, int64_t columns) {
         if (columns >= VECS * lanes) return store(to, ld);
-        each([&](Vec& value, int r, int column) LM_INLINE {
-            const int64_t left = columns - column;
-            if (left > 0) copy_out(to + r * ld + column, value, static_cast<int>(left < lanes ? left : lanes));
-        });
+        T row[ROWS][VECS * lanes];
+        store(row[0], VECS * lanes);
+        for (int r = 0; r < ROWS; ++r) std::memcpy(to + r * ld, row[r], columns * sizeof(T));
+    }
+
+    // The first `columns` of each row, added to what is there.
+    LM_INLINE void add_to(T* to, int64_t ld, int64_t columns) {
+        if (columns >= VECS * lanes) {
+            add_rows(to, ld);
+            return store(to, ld);
+        }
+        T row[ROWS][VECS * lanes] = {};
+        for (int r = 0; r < ROWS; ++r) std::memcpy(row[r], to + r * ld, columns * sizeof(T));
+        add_rows(row[0], VECS * lanes);
+        store(to, ld, columns);
+    }
+
+private:
+    LM_INLINE void add_rows(const T* from, int64_t ld) {
+        each([&](Vec& value, int r, int column) LM_INLINE { value += copy_in<Vec>(from + r * ld + column, lanes); });
     }
 };
 

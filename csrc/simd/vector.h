@@ -40,7 +40,7 @@ constexpr int kLanes = sizeof(typename IO::Vec) / sizeof(typename IO::Compute);
 // A scalar of the compute type in every lane.
 template <typename Vec, typename Scalar>
 inline Vec splat(Scalar value) {
-    return Vec{} + value;
+    return value - Vec{};  // a broadcast; `value + Vec{}` is not, for it turns -0 into 0
 }
 
 // The first `count` lanes from `from`, the others zero; a full vector when count is kLanes.

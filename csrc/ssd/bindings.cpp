@@ -64,19 +64,20 @@ struct Inputs {
     }
 
     void cut(int64_t chunk) {
+        // as many as in a row of one document; lmtrain/ops/ssd.py says the same
+        p.slots = p.length ? (p.length + chunk - 1) / chunk - (p.initial_state ? 0 : 1) : 0;
         const auto* start = starts ? static_cast<const bool*>(starts->const_data_ptr()) : nullptr;
         for (int64_t row = 0; row < p.batch; ++row, start += start ? p.length : 0) {
             first.push_back(static_cast<int64_t>(pieces.size()));
-            int64_t slots = 0;
+            int64_t slot = 0;
             for (int64_t begin = 0; begin < p.length;) {
                 int64_t end = begin + 1;
                 while (end < p.length && end - begin < chunk && !(start && start[end])) ++end;
                 const bool zero = (start && start[begin]) || (begin == 0 && !p.initial_state);
                 if (begin > 0) pieces.back().leaves = !zero;
-                pieces.push_back({row, begin, end - begin, zero ? kNone : slots++, true});
+                pieces.push_back({row, begin, end - begin, zero ? kNone : slot++, true});
                 begin = end;
             }
-            p.slots = slots > p.slots ? slots : p.slots;
         }
         first.push_back(static_cast<int64_t>(pieces.size()));
         p.pieces = pieces.data(), p.first = first.data();
@@ -124,26 +125,30 @@ struct Inputs {
     }
 };
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& log_a, const Tensor& b, const Tensor& c,
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& log_a, const Tensor& b, const Tensor& c,
                                    const std::optional<Tensor>& starts, const std::optional<Tensor>& initial_state,
                                    int64_t chunk) {
     Inputs in(x, log_a, b, c, starts, initial_state, chunk);
     Params& p = in.p;
     Tensor y = torch::stable::new_empty(in.x, {p.batch, p.length, p.heads, p.head_dim});
     Tensor final_state = in.empty_state();
-    Tensor states = torch::stable::new_empty(in.x, {p.batch, p.heads, p.d_state, padded(p.head_dim)});
+    Tensor states = torch::stable::new_empty(in.x, {p.batch, p.slots, p.heads, p.d_state, padded(p.head_dim)});
     p.y = y.mutable_data_ptr();
     p.final_state = final_state.mutable_data_ptr();
     p.states = states.mutable_data_ptr();
     in.run(LM_CPU(ssd_forward), p.batch * p.heads, forward_scratch(p));
-    return {y, final_state};
+    return {y, final_state, states};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& grad_y, const Tensor& grad_final, const Tensor& x, const Tensor& log_a, const Tensor& b,
-    const Tensor& c, const std::optional<Tensor>& starts, const std::optional<Tensor>& initial_state, int64_t chunk) {
+    const Tensor& c, const std::optional<Tensor>& starts, const std::optional<Tensor>& initial_state,
+    const Tensor& states, int64_t chunk) {
     Inputs in(x, log_a, b, c, starts, initial_state, chunk);
     Params& p = in.p;
+    const Tensor states_dense =
+        in.dense("states", states, p.batch * p.slots * p.heads * p.d_state * padded(p.head_dim));
+    p.states = const_cast<void*>(states_dense.const_data_ptr());
     const Tensor grad_y_dense = in.dense("grad_y", grad_y, x.numel());
     const Tensor grad_final_dense = in.dense("grad_final", grad_final, in.state_elements());
     Tensor grad_x = torch::stable::new_empty(in.x, {p.batch, p.length, p.heads, p.head_dim});
@@ -164,10 +169,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 STABLE_TORCH_LIBRARY_FRAGMENT(lmtrain, m) {
     m.def(
         "ssd(Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor? starts, Tensor? initial_state, int chunk)"
-        " -> (Tensor, Tensor)");
+        " -> (Tensor, Tensor, Tensor)");
     m.def(
         "ssd_backward(Tensor grad_y, Tensor grad_final, Tensor x, Tensor log_a, Tensor B, Tensor C, Tensor? starts,"
-        " Tensor? initial_state, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+        " Tensor? initial_state, Tensor states, int chunk) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(lmtrain, CPU, m) {

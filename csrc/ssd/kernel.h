@@ -23,7 +23,7 @@ constexpr int64_t kNone = -1;
 
 struct Piece {
     int64_t row, begin, count;
-    int64_t slot;  // which of the states that enter a piece of the row enters this one; kNone: zero
+    int64_t slot;  // which of the states that enter pieces of the row enters this one; kNone: zero
     bool leaves;   // whether the state after it is needed
 };
 
@@ -39,7 +39,7 @@ struct Params {
     const Piece* pieces;        // in order of row and begin
     const int64_t* first;       // [batch + 1]: row b has pieces [first[b], first[b + 1])
     int64_t slots;              // at most so many states enter pieces of a row
-    void* states;               // forward: [batch, heads, d_state, padded(head_dim)]
+    void* states;               // [batch, slots, heads, d_state, padded(head_dim)]: those; others are zero
     void* y;                    // as x
     void* final_state;          // as initial_state
 
@@ -59,11 +59,13 @@ inline int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock 
 inline int64_t blocks(const Params& p) { return (p.heads / p.groups + kHeads - 1) / kHeads; }
 
 // Elements of scratch, per thread.
-inline int64_t forward_scratch(const Params& p) { return kChunk * (padded(p.head_dim) + 2 * p.d_state + 2 * kChunk); }
+inline int64_t forward_scratch(const Params& p) {
+    return p.d_state * padded(p.head_dim) + kChunk * (padded(p.head_dim) + 2 * p.d_state + 2 * kChunk);
+}
 inline int64_t backward_scratch(const Params& p) {
-    const int64_t states = (p.slots + 1) * kHeads * p.d_state * padded(p.head_dim);
+    const int64_t grad_states = kHeads * p.d_state * padded(p.head_dim);
     const int64_t values = padded(p.head_dim) + 2 * p.head_dim, keys = 2 * padded(p.d_state) + 4 * p.d_state;
-    return states + kChunk * (values + keys + 3 * kChunk);
+    return grad_states + kChunk * (values + keys + 3 * kChunk);
 }
 
 }  // namespace

@@ -40,6 +40,8 @@ class ModelConfig:
     """Factor of the embedding's output."""
     logit_scale: float = 1.0
     """Factor of the logits."""
+    logit_softcap: float | None = None
+    """Logits become softcap tanh(logit / softcap) (Gemma, Griffin); null: as they are."""
     multipliers: dict[str, Multipliers] = field(default_factory=dict)
     """Constant factors around the branches of a name."""
     init_std: float = 0.02
@@ -53,6 +55,8 @@ class ModelConfig:
         for key in ("norm_eps", "init_std"):
             if getattr(self, key) <= 0:
                 raise ValueError(f"{key}: must be positive, got {getattr(self, key)}")
+        if self.logit_softcap is not None and self.logit_softcap <= 0:
+            raise ValueError(f"logit_softcap: must be positive, got {self.logit_softcap}")
         for name in self.multipliers:
             if name not in self.branches:
                 raise ValueError(f"multipliers: no branch is named {name!r}{nearest(name, self.branches)}")

@@ -100,7 +100,10 @@ class LocalContext:
         if cache:
             k, v = join(cache, k, v)
         causal = not cache and self.docs.single
-        o = attention.output(q, k, v, positions=self.positions, window=window, scale=scale, causal=causal, **options)
+        docs = None if cache else self.docs
+        o = attention.output(
+            q, k, v, positions=self.positions, window=window, scale=scale, causal=causal, docs=docs, **options
+        )
         return o, keep(k, v, window) if self.carries else None
 
     def dispatch(self, x: Tensor, experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Restore]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,17 @@ from lmtrain.model.context import Context
 from lmtrain.model.init import draw, normal
 from lmtrain.model.norm import NORMS, Norm
 
-Read = Callable[[Tensor, Tensor], Any]
+
+class Read(Protocol):
+    """What to make of the last hidden ``[B, T, D]`` and the head's weight ``[V, D]``."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, *, softcap: float | None) -> Any: ...
+
+
+def logits(hidden: Tensor, weight: Tensor, *, softcap: float | None) -> Tensor:
+    """``[B, T, V]``."""
+    z = F.linear(hidden, weight)
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 class LanguageModel(nn.Module):
@@ -59,11 +69,11 @@ class LanguageModel(nn.Module):
             norms = [self._norm() for _ in range(2 if cfg.norm_place == "sandwich" else 1)]
             yield Block(branch, norms, cfg.norm_place, scales[0] if len(names) == 1 else one)
 
-    def forward(self, tokens: Tensor, ctx: Context, state: State, read: Read = F.linear) -> tuple[Any, State]:
+    def forward(self, tokens: Tensor, ctx: Context, state: State, read: Read = logits) -> tuple[Any, State]:
         """int ``[B, T]`` to logits ``[B, T, vocab_size]`` and the state after the row (``{}`` unless carried).
 
-        read: what to make of the last hidden ``[B, T, d_model]`` and the head's weight ``[vocab_size, d_model]``; the
-        logits by default. A loss that never holds them all is taken here, where a sharded weight is whole.
+        read: what to return of the last hidden and the head's weight, by default the logits. A loss that never holds
+            them all is taken here, where a sharded weight is whole.
         """
         x = self.embed(tokens)
         if self.cfg.embedding_scale != 1.0:
@@ -85,7 +95,7 @@ class LanguageModel(nn.Module):
         if self.cfg.logit_scale != 1.0:
             x = x * self.cfg.logit_scale
         weight = self.embed.weight if self.head is None else self.head.weight
-        return read(x, weight), {"blocks": after} if ctx.carries else {}
+        return read(x, weight, softcap=self.cfg.logit_softcap), {"blocks": after} if ctx.carries else {}
 
     @property
     def stack(self) -> list[Block]:

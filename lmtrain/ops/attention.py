@@ -145,8 +145,8 @@ class Attention:
         if extra_kv is not None:
             check_shape(self.name, "extra_kv[0]", extra_kv[0], (num_kv, None, head_dim))
             check_shape(self.name, "extra_kv[1]", extra_kv[1], (num_kv, extra_kv[0].shape[1], v.shape[3]))
-        others = {"k": k, "positions": positions, "sinks": sinks}
-        check_row(self.name, "v", v, None, q=q, **others)
+        extra = None if extra_kv is None else extra_kv[0]
+        check_row(self.name, "v", v, None, q=q, k=k, positions=positions, sinks=sinks, extra_kv=extra)
 
 
 def _join(k: Tensor, v: Tensor, mask: Tensor, extra_kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.adapters import causal_conv1d as adapter
 from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import Cost, Op, check_row, check_shape, compute_dtype
@@ -42,8 +43,11 @@ class CausalConv1d(Op):
     ) -> tuple[Tensor, Tensor]:
         """Raises ValueError naming the argument, what was expected and what was got."""
         _check(x, weight, bias, docs, initial_state, activation)
+        backend = library.backend(self.name, x.device.type, x.dtype)
+        if backend == "causal_conv1d":
+            return adapter.causal_conv1d(x, weight, bias, docs, initial_state, activation)
         positions = None if docs is None else docs.positions()
-        if library.backend(self.name, x.device.type, x.dtype) == "reference":
+        if backend == "reference":
             return self.reference(x, weight, bias, positions, initial_state, activation)
         dtype = compute_dtype(x)
         bias = None if bias is None else bias.to(dtype)
@@ -117,4 +121,9 @@ def _gradients(x: Tensor, weight: Tensor, *_: object) -> tuple[Like | None, ...]
     return x, weight, (weight, weight.shape[:1]), None, _outputs(x, weight)[1], None
 
 
-library.register(CausalConv1d.name, compiled(CausalConv1d.name, _outputs, _gradients), library.Backend("reference"))
+library.register(
+    CausalConv1d.name,
+    compiled(CausalConv1d.name, _outputs, _gradients),
+    adapter.BACKEND,
+    library.Backend("reference"),
+)

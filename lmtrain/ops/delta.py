@@ -10,16 +10,20 @@ S_{t-1} = 0.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.adapters import fla
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import Cost, check_shape, compute_dtype
-from lmtrain.ops.transitions import Chunks, MatrixOp, check_device, decays, in_chunks, scores, starts_of
+from lmtrain.ops.dplr import dplr
+from lmtrain.ops.op import Cost, check_row, check_shape, compute_dtype, starts_of
+from lmtrain.ops.transitions import Chunks, MatrixOp, decays, in_chunks, scores
+
+CHUNK = 32  # tokens that the compiled kernel takes at once; kChunk in csrc/delta/kernel.h
 
 
 def recurrence(
@@ -51,7 +55,9 @@ def _widen(v: Tensor, q: Tensor, k: Tensor, beta: Tensor, g: Tensor | None) -> t
     """All in the computing dtype, ``[B, T, Hv, *]``."""
     dtype = compute_dtype(v)
     group = v.shape[2] // k.shape[2]
-    queries, keys = (t.to(dtype).repeat_interleave(group, dim=2) for t in (q, k))
+    queries, keys = (t.to(dtype) for t in (q, k))
+    if group > 1:  # a factor of 1 would copy
+        queries, keys = (t.repeat_interleave(group, dim=2) for t in (queries, keys))
     logs = torch.zeros_like(beta) if g is None else g
     logs = logs[..., None] if logs.dim() == 3 else logs
     return v.to(dtype), queries, keys, beta.to(dtype)[..., None], logs.to(dtype)
@@ -96,13 +102,19 @@ class Delta(MatrixOp):
         **static: Any,
     ) -> tuple[Tensor, Tensor]:
         v, q, k, beta, g = self._check(inputs, docs)
-        if library.backend(self.name, v.device.type, v.dtype) == "reference":
+        backend = library.backend(self.name, v.device.type, v.dtype)
+        if backend == "reference":
             return super().__call__(*inputs, docs=docs, initial_state=initial_state, **static)
         self.check_chunk(static)
         state = self.check_state(v, k.shape[3], docs, initial_state)
+        if backend == "fla":
+            return fla.delta(v, q, k, beta, g, docs, state)
         values, queries, keys, rates, logs = _widen(v, q, k, beta, g)
-        decay, starts = None if g is None else logs.exp(), None if docs is None else docs.starts()
-        y, state = torch.ops.lmtrain.delta(values, queries, keys, rates.squeeze(-1), decay, starts, state)
+        if g is not None and g.dim() == 4:  # R^T k reads through a decay per channel: diagonal plus low rank
+            written, read = rates * keys, logs.exp() * keys
+            return dplr(v, queries, logs, written, read, -written, docs=docs, initial_state=initial_state)
+        decay, starts = None if g is None else logs.squeeze(-1), None if docs is None else docs.starts()
+        y, state, *_ = torch.ops.lmtrain.delta(values, queries, keys, rates.squeeze(-1), decay, starts, state)
         return y.to(v.dtype), state
 
     def step(self, *inputs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,16 +124,18 @@ class Delta(MatrixOp):
         y, state = recurrence(v, q, k, beta, None if g is None else g[:, None], None, state)
         return y[:, 0], state
 
-    def cost(self, *shapes: tuple[int, ...], chunk: int = 64) -> Cost:
-        """Of ``(v, q, k, beta[, g])`` shapes; what is executed is the torch form's."""
+    def cost(self, *shapes: tuple[int, ...]) -> Cost:
+        """Of ``(v, q, k, beta[, g])`` shapes; what is executed is the compiled kernel's."""
         (batch, length, heads, width), keys = shapes[0], shapes[1][-1]
         tokens = batch * length * heads
         model = tokens * keys * width * (6 + (len(shapes) > 4))  # error, write, read, and the decay
-        within = tokens * chunk * (7 * keys + 3 * width)  # scores, triangle, reader and own
-        between = tokens * 2 * keys * (keys + 2 * width + keys * width // chunk)
-        sizes = 2 * width + 1 + (0 if len(shapes) < 5 else keys if len(shapes[4]) == 4 else 1)
-        moved = tokens * sizes + 2 * batch * length * shapes[1][2] * keys
-        return Cost(model, within + between, 4 * moved)
+        channels = len(shapes) > 4 and len(shapes[4]) == 4
+        sizes = 2 * width + 1 + (0 if len(shapes) < 5 else keys if channels else 1)
+        moved = 4 * (tokens * sizes + 2 * batch * length * shapes[1][2] * keys)
+        if channels:
+            return Cost(model, dplr.cost(shapes[0], *[(batch, length, heads, keys)] * 5).executed_flops, moved)
+        # states read and stepped; scores, the triangle and its read, each over half of a chunk
+        return Cost(model, tokens * (6 * keys * width + 2 * CHUNK * (keys + width)), moved)
 
     def _check(
         self, inputs: tuple[Tensor | None, ...], docs: Documents | None
@@ -129,8 +143,6 @@ class Delta(MatrixOp):
         if len(inputs) != 5 or any(t is None for t in inputs[:4]):
             raise ValueError("delta: inputs: expected (v, q, k, beta, g), of which g may be None")
         (v, q, k, beta), g = (t for t in inputs[:4] if t is not None), inputs[4]
-        if not v.is_floating_point():
-            raise ValueError(f"delta: v: expected a floating dtype, got {v.dtype}")
         check_shape("delta", "v", v, (None, None, None, None))
         batch, length, heads, _ = v.shape
         check_shape("delta", "q", q, (batch, length, None, None))
@@ -140,59 +152,29 @@ class Delta(MatrixOp):
             raise ValueError(f"delta: q: expected key heads that divide the {heads} value heads, got {q.shape[2]}")
         if g is not None:
             check_shape("delta", "g", g, (batch, length, heads) + ((q.shape[3],) if g.dim() == 4 else ()))
-        if docs is not None:
-            check_shape("delta", "docs.ids", docs.ids, (batch, length))
-        check_device("delta", v, q=q, k=k, beta=beta, g=g, docs=None if docs is None else docs.ids)
+        check_row("delta", "v", v, docs, q=q, k=k, beta=beta, g=g)
         return v, q, k, beta, g
 
 
 delta = Delta()
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+def _outputs(v: Tensor, q: Tensor, *_: Tensor | None) -> tuple[Like, ...]:
+    (batch, length, heads, width), keys = v.shape, q.shape[3]
+    return v, (v, (batch, heads, keys, width)), v, (v, (batch, heads, length // CHUNK + 1, keys, width))
 
 
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None and not hasattr(torch.ops.lmtrain, Delta.name):
-        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
-    if reason is None:
-        _register_native()
-    return reason
+def _gradients(v: Tensor, q: Tensor, k: Tensor, beta: Tensor, decay: Tensor | None, *_: Any) -> tuple[Like | None, ...]:
+    return v, q, k, beta, (v, (0,)) if decay is None else decay, None, _outputs(v, q)[1]
 
 
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::delta", _fake_forward)
-    torch.library.register_fake("lmtrain::delta_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::delta", _backward, setup_context=_save)
-
-
-def _fake_forward(v: Tensor, q: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    return v.new_empty(v.shape), v.new_empty(v.shape[0], v.shape[2], q.shape[3], v.shape[3])
-
-
-def _fake_backward(
-    grad_y: Tensor, grad_state: Tensor, v: Tensor, q: Tensor, k: Tensor, beta: Tensor, *rest: Tensor | None
-) -> tuple[Tensor, ...]:
-    decay = (*beta.shape, 0) if rest[0] is None else rest[0].shape
-    shapes = (v.shape, q.shape, k.shape, beta.shape, decay, grad_state.shape)
-    return tuple(v.new_empty(shape) for shape in shapes)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    *grads, grad_decay, grad_initial = torch.ops.lmtrain.delta_backward(grad_y, grad_state, *saved)
-    grad_decay = None if saved[4] is None else grad_decay
-    return *grads, grad_decay, None, None if saved[6] is None else grad_initial
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return *inputs, *outputs[2:]
 
 
 library.register(
     Delta.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
+    compiled(Delta.name, _outputs, _gradients, saved=_saved),
+    fla.UP_TO_256,
     library.Backend("reference"),
 )

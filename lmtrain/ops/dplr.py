@@ -8,15 +8,20 @@ before its decay. A document's first token sees S_{t-1} = 0.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.adapters import fla
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import Cost, check_shape, compute_dtype
-from lmtrain.ops.transitions import Chunks, MatrixOp, check_device, decays, in_chunks, previous, scores, starts_of
+from lmtrain.ops.op import Cost, check_row, check_shape, compute_dtype, starts_of
+from lmtrain.ops.transitions import Chunks, MatrixOp, decays, in_chunks, previous, scores
 
 NAMES = ("v", "r", "w", "k", "a", "b")
+PIECE = 32  # tokens between the states that the compiled forward keeps; kPiece in csrc/dplr/kernel.h
 
 
 def recurrence(
@@ -80,37 +85,71 @@ class DPLR(MatrixOp):
             end=(keys * leave).mT @ values + leaving @ own,
         )
 
+    def __call__(
+        self,
+        *inputs: Tensor | None,
+        docs: Documents | None = None,
+        initial_state: Tensor | None = None,
+        **static: Any,
+    ) -> tuple[Tensor, Tensor]:
+        v, r, w, k, a, b = self._check(inputs, docs)
+        backend = library.backend(self.name, v.device.type, v.dtype)
+        if backend == "reference":
+            return super().__call__(*inputs, docs=docs, initial_state=initial_state, **static)
+        self.check_chunk(static)
+        state = self.check_state(v, k.shape[3], docs, initial_state)
+        if backend == "fla":
+            return fla.dplr(v, r, w, k, a, b, docs, state)
+        values, r, w, k, a, b = (t.to(compute_dtype(v)) for t in (v, r, w, k, a, b))
+        starts = None if docs is None else docs.starts()
+        y, state, _ = torch.ops.lmtrain.dplr(values, r, w.exp(), k, a, b, starts, state)
+        return y.to(v.dtype), state
+
     def step(self, *inputs: Tensor | None, state: Tensor) -> tuple[Tensor, Tensor]:
         """v ``[B, H, V]``, the others ``[B, H, K]``."""
         v, r, w, k, a, b = (t[:, None] for t in inputs if t is not None)
         y, state = recurrence(v, r, w, k, a, b, None, state)
         return y[:, 0], state
 
-    def cost(self, *shapes: tuple[int, ...], chunk: int = 16) -> Cost:
-        """Of ``(v, r, w, k, a, b)`` shapes; what is executed is the torch form's."""
+    def cost(self, *shapes: tuple[int, ...]) -> Cost:
+        """Of ``(v, r, w, k, a, b)`` shapes; the compiled kernel executes the definition."""
         (batch, length, heads, width), keys = shapes[0], shapes[1][-1]
         tokens = batch * length * heads
-        within = tokens * chunk * (15 * keys + 7 * width)  # scores, triangle, reader and own
-        between = tokens * 2 * keys * (keys + 3 * width + keys * width // chunk)
-        return Cost(tokens * 9 * keys * width, within + between, 4 * tokens * (2 * width + 5 * keys))
+        flops = tokens * 9 * keys * width  # read, write, decay and the low rank
+        return Cost(flops, flops, 4 * tokens * (2 * width + 5 * keys))
 
     def _check(self, inputs: tuple[Tensor | None, ...], docs: Documents | None) -> tuple[Tensor, ...]:
         tensors = tuple(t for t in inputs if t is not None)
         if len(inputs) != 6 or len(tensors) != 6:
             raise ValueError("dplr: inputs: expected (v, r, w, k, a, b)")
-        v = tensors[0]
-        if not v.is_floating_point():
-            raise ValueError(f"dplr: v: expected a floating dtype, got {v.dtype}")
-        check_shape("dplr", "v", v, (None, None, None, None))
-        check_shape("dplr", "r", tensors[1], (*v.shape[:3], None))
+        check_shape("dplr", "v", tensors[0], (None, None, None, None))
+        check_shape("dplr", "r", tensors[1], (*tensors[0].shape[:3], None))
         for name, tensor in zip(NAMES[2:], tensors[2:], strict=True):
             check_shape("dplr", name, tensor, tuple(tensors[1].shape))
-        if docs is not None:
-            check_shape("dplr", "docs.ids", docs.ids, tuple(v.shape[:2]))
-        others = dict(zip(NAMES, tensors, strict=True))
-        check_device("dplr", v, **others, docs=None if docs is None else docs.ids)
+        check_row("dplr", "v", tensors[0], docs, **dict(zip(NAMES[1:], tensors[1:], strict=True)))
         return tensors
 
 
 dplr = DPLR()
-library.register(DPLR.name, library.Backend("reference"))
+
+
+def _outputs(v: Tensor, r: Tensor, *_: Tensor | None) -> tuple[Like, ...]:
+    batch, length, heads, width = v.shape
+    pieces = -(-length // PIECE)
+    return v, (v, (batch, heads, r.shape[3], width)), (v, (batch, heads, pieces, r.shape[3], width))
+
+
+def _gradients(v: Tensor, r: Tensor, *_: Tensor | None) -> tuple[Like | None, ...]:
+    return v, r, r, r, r, r, None, _outputs(v, r)[1]
+
+
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return *inputs, outputs[2]
+
+
+library.register(
+    DPLR.name,
+    compiled(DPLR.name, _outputs, _gradients, saved=_saved),
+    fla.UP_TO_256,
+    library.Backend("reference"),
+)

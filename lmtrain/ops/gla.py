@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.adapters import fla
 from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, compute_dtype, scaled, starts_of
@@ -140,7 +141,10 @@ class GLA(AffineOp):
             raise ValueError(f"{self.name}: exclusive: expected {u is not None}, as u says, got {exclusive}")
         if docs is not None and initial_state is not None and v.shape[1]:
             initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included
-        if library.backend(self.name, v.device.type, v.dtype) == "reference":
+        backend = library.backend(self.name, v.device.type, v.dtype)
+        if backend == "fla":
+            return fla.gla(v, q, k, g, u, docs, initial_state)
+        if backend == "reference":
             return chunked(v, q, k, g, u, docs, initial_state, chunk)
         starts, dtype = None if docs is None else docs.starts(), compute_dtype(v)
         values, *others = (t.to(dtype) for t in (v, q, k, g))
@@ -220,4 +224,4 @@ def _gradients(v: Tensor, q: Tensor, k: Tensor, g: Tensor, *_: Tensor | None) ->
     return v, q, k, g, (v, (v.shape[0], *q.shape[2:])), None, _outputs(v, q)[1]
 
 
-library.register(GLA.name, compiled(GLA.name, _outputs, _gradients), library.Backend("reference"))
+library.register(GLA.name, compiled(GLA.name, _outputs, _gradients), fla.WHOLE, library.Backend("reference"))

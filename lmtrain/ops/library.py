@@ -1,8 +1,11 @@
 """Which implementation an op runs: finds the compiled library and chooses a backend per op, device and dtype.
 
 Every op registers its backends in a fixed order, best first, ``reference`` (pure torch) last. ``auto`` takes the first
-that is present and serves the device and dtype. A backend asked for by name is used by every op that has one of that
-name, or refused: nothing falls back silently from an explicit wish. Ops without one of that name choose as in ``auto``.
+that is present, serves the device and dtype, and keeps the op's whole contract: documents independent to the bit, a
+state to start from, every gradient, any head size. So the choice depends on nothing that changes from call to call. A
+backend that keeps less is used only if asked for by name, and refuses the calls it cannot serve. A backend asked for by
+name is used by every op that has one of that name, or refused: nothing falls back silently from an explicit wish. Ops
+without one of that name choose as in ``auto``.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from lmtrain.errors import UsageError, nearest
 
 KERNELS = ("auto", "reference", "torch", "cpu", "cuda", "flash_attn", "mamba_ssm", "causal_conv1d", "fla")
 BUILD_COMMAND = "make install"
+GPU_COMMAND = ".venv/bin/pip install wheel && .venv/bin/pip install --no-build-isolation -e '.[gpu]'"
 _FILE_NAMES = ("liblmtrain_ops.so", "liblmtrain_ops.dylib")
 
 log = logging.getLogger(__name__)
@@ -31,13 +35,15 @@ class Backend:
     """One implementation of an op.
 
     device: the device type it serves, None for any. dtypes: the dtypes of the values it serves, None for any.
-    missing: returns why it cannot be used here, None if it can.
+    missing: returns why it cannot be used here, None if it can. lacks: what of the op's contract it does not keep, for
+        which ``auto`` passes it over; None if it keeps all of it. command: builds or installs it, None if torch has it.
     """
 
     name: str
     device: str | None = None
     dtypes: frozenset[torch.dtype] | None = None
     missing: Callable[[], str | None] = lambda: None
+    lacks: str | None = None
 
     def refusal(self, device: str, dtype: torch.dtype) -> str | None:
         """Why this backend cannot serve ``device`` and ``dtype``; None if it can."""
@@ -59,6 +65,11 @@ def register(op: str, *backends: Backend) -> None:
     _backends[op] = backends
 
 
+def registered() -> dict[str, tuple[Backend, ...]]:
+    """Op -> its backends, best first."""
+    return {op: _backends[op] for op in sorted(_backends)}
+
+
 def set_kernels(name: str) -> None:
     """The recipe's ``kernels:`` key: one of ``KERNELS``. The environment's LMTRAIN_KERNELS overrides it.
 
@@ -68,12 +79,18 @@ def set_kernels(name: str) -> None:
     _requested = _known(name, "kernels")
 
 
+def kernels() -> str:
+    """The name in force: LMTRAIN_KERNELS, else what ``set_kernels`` was given, else auto."""
+    named = os.environ.get("LMTRAIN_KERNELS")
+    return _known(named, "LMTRAIN_KERNELS") if named else _requested
+
+
 def backend(op: str, device: str, dtype: torch.dtype) -> str:
     """Name of the backend that ``op`` uses for values of ``dtype`` on a device of type ``device``.
 
     Raises UsageError if a backend was asked for by name and cannot serve this.
     """
-    return _choose(_wanted(), op, device, dtype)
+    return _choose(kernels(), op, device, dtype)
 
 
 # a compiled graph holds one backend, chosen while tracing. This is torch.compiler.assume_constant_result, which would
@@ -81,9 +98,38 @@ def backend(op: str, device: str, dtype: torch.dtype) -> str:
 backend._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def command(name: str) -> str | None:
+    """What builds or installs backend ``name``; None if torch has it."""
+    if name in ("reference", "torch"):
+        return None
+    return BUILD_COMMAND if name in ("cpu", "cuda") else GPU_COMMAND
+
+
 def chosen(device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
     """Op -> backend for values of ``dtype`` on ``device``, for the run's record."""
     return {op: backend(op, device, dtype) for op in sorted(_backends)}
+
+
+def others(op: str, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """Backend -> why ``op`` does not use it for ``dtype`` on ``device``, for every backend but the one chosen."""
+    wanted, taken = kernels(), backend(op, device, dtype)
+    reasons = {}
+    for candidate in _backends[op]:
+        if candidate.name == taken:
+            continue
+        why = candidate.refusal(device, dtype)
+        if why is None and wanted != "auto":
+            why = f"kernels={wanted} was asked for"
+        elif why is None:
+            why = candidate.lacks and f"only by kernels={candidate.name}: {candidate.lacks}"
+        reasons[candidate.name] = why or f"{taken} comes first"
+    return reasons
+
+
+def unserved(op: str, name: str, values: torch.Tensor, combination: str) -> UsageError:
+    """The error of backend ``name``, asked for by name, for a call of ``op`` that it cannot serve."""
+    able = _choose("auto", op, values.device.type, values.dtype)
+    return UsageError(f"{op}: backend {name} was asked for, but it does not serve {combination}; kernels={able} does")
 
 
 @cache
@@ -130,12 +176,8 @@ def _choose(wanted: str, op: str, device: str, dtype: torch.dtype) -> str:
     available = {backend.name for backends in _backends.values() for backend in backends}
     if wanted not in available | {"auto"}:
         raise UsageError(f"{op}: backend {wanted} was asked for, but no op has it{nearest(wanted, available)}")
-    return next(candidate.name for candidate in candidates if candidate.refusal(device, dtype) is None)
-
-
-def _wanted() -> str:
-    named = os.environ.get("LMTRAIN_KERNELS")
-    return _known(named, "LMTRAIN_KERNELS") if named else _requested
+    whole = (candidate for candidate in candidates if candidate.lacks is None)
+    return next(candidate.name for candidate in whole if candidate.refusal(device, dtype) is None)
 
 
 def _known(name: str, origin: str) -> str:

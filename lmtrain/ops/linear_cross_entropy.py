@@ -26,16 +26,16 @@ VOCAB_BLOCK = 4096  # rows of a rounded weight gradient that are added to the su
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, chunk: int = CHUNK
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, softcap: float | None = None, chunk: int = CHUNK
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats, and log-partition, of each target.
 
-    hidden ``[..., D]`` and weight ``[V, D]`` of one dtype, labels int ``[...]``. Both results are ``[...]``, in the
-    computing dtype, 0 where the label is ``IGNORE``. Raises ValueError naming the argument, what was expected and what
-    was got.
+    hidden ``[..., D]`` and weight ``[V, D]`` of one dtype, labels int ``[...]``. softcap: logits become
+    ``softcap tanh(logit / softcap)``. Both results are ``[...]``, in the computing dtype, 0 where the label is
+    ``IGNORE``. Raises ValueError naming the argument, what was expected and what was got.
     """
     _check("linear_cross_entropy", hidden, weight, labels, None, chunk)
-    nll, lse = _PerTarget.apply(hidden.flatten(0, -2), weight, labels.flatten(), chunk)
+    nll, lse = _PerTarget.apply(hidden.flatten(0, -2), weight, labels.flatten(), softcap, chunk)
     return nll.view(labels.shape), lse.view(labels.shape)
 
 
@@ -46,6 +46,7 @@ def linear_cross_entropy_sum(
     *,
     loss_weights: Tensor | None = None,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``sum_t loss_weights_t (nll_t + z_loss lse_t^2)``, and nll and lse themselves, which carry no gradient.
@@ -55,7 +56,8 @@ def linear_cross_entropy_sum(
     _check("linear_cross_entropy_sum", hidden, weight, labels, loss_weights, chunk)
     loss_weights = None if loss_weights is None else loss_weights.flatten()
     grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, nll, lse = _Sum.apply(hidden.flatten(0, -2), weight, labels.flatten(), loss_weights, z_loss, chunk, grad)
+    arguments = hidden.flatten(0, -2), weight, labels.flatten(), loss_weights, z_loss, softcap, chunk, grad
+    total, nll, lse = _Sum.apply(*arguments)
     return total, nll.view(labels.shape), lse.view(labels.shape)
 
 
@@ -66,9 +68,9 @@ class _LogProbabilities:
         size = min(SLAB, chunk, hidden.shape[0])
         self.buffer = hidden.new_empty(size, weight.shape[0], dtype=compute_dtype(hidden))
 
-    def score(self, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def score(self, logits: Tensor, index: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
         """nll ``[n]``, lse ``[n]`` and log probabilities ``[n, V]``."""
-        logits = logits.to(self.buffer.dtype)
+        logits = _capped(logits.to(self.buffer.dtype), softcap)
         log_p = torch.log_softmax(logits, dim=-1, out=self.buffer[: logits.shape[0]])
         nll = -log_p.gather(-1, index)[:, 0]
         return nll, logits.gather(-1, index)[:, 0] + nll, log_p
@@ -102,15 +104,17 @@ class _PerTarget(torch.autograd.Function):
     """Saves each token's log-partition; the backward pass makes the logits again."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, softcap: float | None, chunk: int
+    ) -> tuple[Tensor, Tensor]:
         valid, index = _targets(labels)
         nll, lse = _empty_results(hidden)
         log_probabilities = _LogProbabilities(hidden, weight, chunk)
         for rows, logits in _chunks(hidden, weight, chunk):
             for few, part in _slabs(rows, logits):
-                nll[few], lse[few], _ = log_probabilities.score(part, index[few])
+                nll[few], lse[few], _ = log_probabilities.score(part, index[few], softcap)
         ctx.save_for_backward(hidden, weight, valid, index, lse)
-        ctx.chunk = chunk
+        ctx.softcap, ctx.chunk = softcap, chunk
         zero = nll.new_zeros(())
         return torch.where(valid, nll, zero), torch.where(valid, lse, zero)
 
@@ -121,10 +125,10 @@ class _PerTarget(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2])
         for rows, logits in _chunks(hidden, weight, ctx.chunk):
             for few, part in _slabs(rows, logits):
-                log_p = part.to(lse.dtype).sub_(lse[few, None])
-                part.copy_(_grad_logits(log_p, index[few], grad_nll[few], grad_lse[few]))
+                log_p = _capped(part.to(lse.dtype), ctx.softcap) - lse[few, None]
+                part.copy_(_grad_logits(log_p, lse[few], index[few], grad_nll[few], grad_lse[few], ctx.softcap))
             gradients.add(rows, logits)
-        return *gradients.final(), None, None
+        return *gradients.final(), None, None, None
 
 
 class _Sum(torch.autograd.Function):
@@ -138,6 +142,7 @@ class _Sum(torch.autograd.Function):
         labels: Tensor,
         loss_weights: Tensor | None,
         z_loss: float,
+        softcap: float | None,
         chunk: int,
         grad: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,10 +154,10 @@ class _Sum(torch.autograd.Function):
         gradients = _Gradients(hidden, weight, ctx.needs_input_grad[:2] if grad else (False, False))
         for rows, logits in _chunks(hidden, weight, chunk):
             for few, part in _slabs(rows, logits):
-                nll[few], lse[few], log_p = log_probabilities.score(part, index[few])
+                nll[few], lse[few], log_p = log_probabilities.score(part, index[few], softcap)
                 if grad:
                     grad_lse = 2 * z_loss * scale[few] * lse[few]
-                    part.copy_(_grad_logits(log_p, index[few], scale[few], grad_lse))
+                    part.copy_(_grad_logits(log_p, lse[few], index[few], scale[few], grad_lse, softcap))
             if grad:
                 gradients.add(rows, logits)
         zero = nll.new_zeros(())
@@ -168,7 +173,7 @@ class _Sum(torch.autograd.Function):
                 "linear_cross_entropy_sum: its backward pass runs once: it scales its gradients in place"
             )
         found, ctx.gradients = ctx.gradients, None
-        return *(None if grad is None else grad.mul_(grads[0]) for grad in found), None, None, None, None, None
+        return *(None if grad is None else grad.mul_(grads[0]) for grad in found), *[None] * 6
 
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
@@ -200,9 +205,17 @@ def _empty_results(hidden: Tensor) -> tuple[Tensor, Tensor]:
     return nll, torch.empty_like(nll)
 
 
-def _grad_logits(log_p: Tensor, index: Tensor, grad_nll: Tensor, grad_lse: Tensor) -> Tensor:
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _grad_logits(
+    log_p: Tensor, lse: Tensor, index: Tensor, grad_nll: Tensor, grad_lse: Tensor, softcap: float | None
+) -> Tensor:
     """In place of the log probabilities."""
-    return log_p.exp_().mul_((grad_nll + grad_lse)[:, None]).scatter_add_(-1, index, -grad_nll[:, None])
+    slope = None if softcap is None else 1 - ((log_p + lse[:, None]) / softcap).square()
+    grad = log_p.exp_().mul_((grad_nll + grad_lse)[:, None]).scatter_add_(-1, index, -grad_nll[:, None])
+    return grad if slope is None else grad.mul_(slope)
 
 
 def _check(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weights: Tensor | None, chunk: int) -> None:

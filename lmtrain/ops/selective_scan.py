@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.adapters import mamba_ssm
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import AffineOp, Cost, check_shape, compute_dtype
 
 DECAYS = ("exp", "longhorn")
-CHUNK = 64  # tokens between the states that the compiled forward keeps for its backward
+CHUNK = 32  # tokens between the states that the compiled forward keeps for its backward
 
 
 def _scale(factor: Tensor, state: Tensor) -> Tensor:
@@ -68,6 +69,7 @@ class SelectiveScan(AffineOp):
     name = "selective_scan"
     kind = "diag"
     needs_state = False
+    timeless = frozenset({2})  # A
 
     def __call__(
         self,
@@ -84,7 +86,10 @@ class SelectiveScan(AffineOp):
         x, dt, a, b, c = self._check(inputs, docs, initial_state, decay)
         if docs is not None and initial_state is not None and x.shape[1]:
             initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included
-        if library.backend(self.name, x.device.type, x.dtype) == "reference":
+        backend = library.backend(self.name, x.device.type, x.dtype)
+        if backend == "mamba_ssm":
+            return mamba_ssm.selective_scan(x, dt, a, b, c, docs, initial_state)
+        if backend == "reference":
             return recurrence(x, dt, a, b, c, docs, initial_state)
         starts = None if docs is None else docs.starts()
         values, dt, b, c = (t.to(compute_dtype(x)) for t in (x, dt, b, c))
@@ -244,5 +249,6 @@ def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[
 library.register(
     SelectiveScan.name,
     library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
+    mamba_ssm.BACKEND,
     library.Backend("reference"),
 )

@@ -8,7 +8,6 @@ x ``[B, T, H, P]`` (already times dt), log_a ``[B, T, H]`` <= 0, B and C ``[B, T
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,18 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.adapters import fla
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, check_shape, compute_dtype
-
-
-def _starts(x: Tensor, docs: Documents | None) -> Tensor:
-    return x.new_zeros(x.shape[:2], dtype=torch.bool) if docs is None else docs.starts()
-
-
-def _scale(factor: Tensor, state: Tensor) -> Tensor:
-    """``factor . state`` over the leading dims of ``state``, 0 where the factor is 0, even of infinities."""
-    factor = factor[..., None, None]
-    return torch.where(factor == 0, state.new_zeros(()), factor * state)
+from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, compute_dtype, scaled, starts_of
 
 
 def recurrence(
@@ -40,7 +31,7 @@ def recurrence(
     keys, queries = (t.to(dtype).repeat_interleave(heads, dim=2) for t in (b, c))
     state = keys.new_zeros(x.shape[0], x.shape[2], b.shape[3], x.shape[3])
     state = state if initial_state is None else initial_state.to(dtype)
-    starts = _starts(x, docs)
+    starts = starts_of(x, docs)
     outputs = []
     for t in range(x.shape[1]):
         state = torch.where(starts[:, t, None, None, None], state.new_zeros(()), state)
@@ -79,7 +70,7 @@ def chunked(
     values = chunks(x, groups, heads, head_dim).permute(0, 1, 3, 4, 2, 5)  # [B, n, G, R, Q, P]
     logs = chunks(log_a, groups, heads).permute(0, 1, 3, 4, 2)  # [B, n, G, R, Q]
     keys, queries = (chunks(t, groups, d_state).permute(0, 1, 3, 2, 4)[:, :, :, None] for t in (b, c))  # [B,n,G,1,Q,N]
-    run = chunks(_starts(x, docs)).cumsum(dim=2)  # documents opened so far in the chunk [B, n, Q]
+    run = chunks(starts_of(x, docs)).cumsum(dim=2)  # documents opened so far in the chunk [B, n, Q]
 
     lower = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).tril()
     same = ((run[:, :, :, None] == run[:, :, None, :]) & lower)[:, :, None, None]  # [B, n, 1, 1, Q, Q]
@@ -98,9 +89,9 @@ def chunked(
     if initial_state is not None:
         state = initial_state.to(dtype).reshape(state.shape)
     entering = []
-    for n in range(count):
+    for through, end in zip(gamma.unbind(1), ends.unbind(1), strict=True):
         entering.append(state)
-        state = _scale(gamma[:, n], state) + ends[:, n]
+        state = scaled(through[..., None, None], state) + end
     if count:
         y = y + reach[..., None] * (queries @ torch.stack(entering, dim=1))
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, count * chunk, num_heads, head_dim)[:, :length]
@@ -124,7 +115,8 @@ class SSD(AffineOp):
         """``(x, log_a, B, C)`` to y ``[B, T, H, P]`` in x's dtype and the state after the last column.
 
         static: ``chunk`` (default 64), which does not change the function. Raises ValueError naming the argument, what
-        was expected and what was got.
+        was expected and what was got. The compiled backend keeps the states between chunks of at most 64 tokens for the
+        backward: about ``T / chunk`` times ``[B, H, N, P]``.
         """
         x, log_a, b, c = self._check(inputs, docs, initial_state)
         chunk = static.get("chunk", 64)
@@ -132,12 +124,15 @@ class SSD(AffineOp):
             raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
         if docs is not None and initial_state is not None and x.shape[1]:
             initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included
-        if library.backend(self.name, x.device.type, x.dtype) == "reference":
+        backend = library.backend(self.name, x.device.type, x.dtype)
+        if backend == "fla":
+            return fla.ssd(x, log_a, b, c, docs, initial_state)
+        if backend == "reference":
             return chunked(x, log_a, b, c, docs, initial_state, chunk)
         starts = None if docs is None else docs.starts()
         values, log_a, b, c = (t.to(compute_dtype(x)) for t in (x, log_a, b, c))
         initial_state = None if initial_state is None else initial_state.to(values.dtype)
-        y, state = torch.ops.lmtrain.ssd(values, log_a, b, c, starts, initial_state, chunk)
+        y, state, _ = torch.ops.lmtrain.ssd(values, log_a, b, c, starts, initial_state, chunk)
         return y.to(x.dtype), state
 
     def gamma(self, *inputs: Tensor | None, docs: Documents | None = None) -> Tensor:
@@ -145,13 +140,13 @@ class SSD(AffineOp):
         x, log_a = inputs[0], inputs[1]
         assert x is not None and log_a is not None
         total = log_a.to(compute_dtype(x)).sum(dim=1).exp()
-        return torch.where(_starts(x, docs).any(dim=1)[:, None], total.new_zeros(()), total)
+        return torch.where(starts_of(x, docs).any(dim=1)[:, None], total.new_zeros(()), total)
 
     def apply(self, gamma: Tensor, state: Tensor) -> Tensor:
-        return _scale(gamma, state)
+        return scaled(gamma[..., None, None], state)
 
     def transpose(self, gamma: Tensor, grad: Tensor) -> Tensor:
-        return _scale(gamma, grad)
+        return scaled(gamma[..., None, None], grad)
 
     def outer(self, grad: Tensor, state: Tensor) -> Tensor:
         return (grad * state).sum(dim=(-2, -1))
@@ -159,7 +154,7 @@ class SSD(AffineOp):
     def correct(self, y: Tensor, *inputs: Tensor | None, docs: Documents | None, incoming: Tensor) -> Tensor:
         x, log_a, _, c = inputs
         assert x is not None and log_a is not None and c is not None
-        carried = (_starts(x, docs).cumsum(dim=1) == 0)[:, :, None]
+        carried = (starts_of(x, docs).cumsum(dim=1) == 0)[:, :, None]
         zero = incoming.new_zeros(())
         if docs is not None and x.shape[1]:
             incoming = self.drop(incoming, docs.before)
@@ -191,8 +186,6 @@ class SSD(AffineOp):
         if len(inputs) != 4 or any(t is None for t in inputs):
             raise ValueError("ssd: inputs: expected (x, log_a, B, C)")
         x, log_a, b, c = (t for t in inputs if t is not None)
-        if not x.is_floating_point():
-            raise ValueError(f"ssd: x: expected a floating dtype, got {x.dtype}")
         check_shape(self.name, "x", x, (None, None, None, None))
         batch, length, num_heads, head_dim = x.shape
         check_shape(self.name, "log_a", log_a, (batch, length, num_heads))
@@ -202,78 +195,42 @@ class SSD(AffineOp):
             raise ValueError(f"ssd: B: expected groups that divide the {num_heads} heads, got {b.shape[2]}")
         if initial_state is not None:
             check_shape(self.name, "initial_state", initial_state, (batch, num_heads, b.shape[3], head_dim))
-        if docs is not None:
-            check_shape(self.name, "docs.ids", docs.ids, (batch, length))
-        others = {"log_a": log_a, "B": b, "C": c, "initial_state": initial_state}
-        others |= {} if docs is None else {"docs": docs.ids}
-        for argument, other in others.items():
-            if other is not None and other.device != x.device:
-                raise ValueError(f"ssd: {argument}: expected device {x.device} as x, got {other.device}")
+        check_row(self.name, "x", x, docs, log_a=log_a, B=b, C=c, initial_state=initial_state)
         return x, log_a, b, c
 
 
 ssd = SSD()
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+# --- the compiled backend: the forward keeps the states that enter its pieces, at most _PIECE tokens long ---
+
+_PIECE, _LANES = 64, 16  # as kChunk and kBlock in csrc/ssd/kernel.h
 
 
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None and not hasattr(torch.ops.lmtrain, SSD.name):
-        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
-    if reason is None:
-        _register_native()
-    return reason
+def _outputs(
+    x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, starts: Tensor | None, initial_state: Tensor | None, chunk: int
+) -> tuple[Like, ...]:
+    batch, length, num_heads, head_dim = x.shape
+    pieces = -(-length // min(chunk, _PIECE))
+    kept = pieces if initial_state is not None or length == 0 else pieces - 1
+    width = -(-head_dim // _LANES) * _LANES
+    state = (batch, num_heads, b.shape[3], head_dim)
+    return x, (x, state), (x, (batch, kept, num_heads, b.shape[3], width))
 
 
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::ssd", _fake_forward)
-    torch.library.register_fake("lmtrain::ssd_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::ssd", _backward, setup_context=_save)
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    *tensors, chunk = inputs
+    return *tensors, outputs[2], chunk
 
 
-def _fake_forward(
-    x: Tensor,
-    log_a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2], b.shape[3], x.shape[3])
-
-
-def _fake_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    x: Tensor,
-    log_a: Tensor,
-    b: Tensor,
-    c: Tensor,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    chunk: int,
-) -> tuple[Tensor, ...]:
+def _gradients(x: Tensor, log_a: Tensor, b: Tensor, c: Tensor, *_: Any) -> tuple[Like | None, ...]:
     state = (x.shape[0], x.shape[2], b.shape[3], x.shape[3])
-    return tuple(x.new_empty(shape) for shape in (x.shape, log_a.shape, b.shape, c.shape, state))
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.chunk = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    *grads, grad_initial = torch.ops.lmtrain.ssd_backward(grad_y, grad_state, *saved, ctx.chunk)
-    return *grads, None, None if saved[-1] is None else grad_initial, None
+    return x, log_a, b, c, None, (x, state), None
 
 
 library.register(
     SSD.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
+    compiled(SSD.name, _outputs, _gradients, saved=_saved),
+    fla.WHOLE,
     library.Backend("reference"),
 )

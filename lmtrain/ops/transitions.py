@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import AffineOp, Span, check_shape, compute_dtype
+from lmtrain.ops.op import starts_of as starts_of
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,6 @@ class Decays:
         """``[..., j, W]``: what is left after the chunk of that which token j wrote."""
         left = self.between[..., -1, :, :]
         return torch.where(self.seen[..., -1, :, :], left.exp(), left.new_zeros(()))
-
-
-def starts_of(values: Tensor, docs: Documents | None) -> Tensor:
-    """bool ``[B, T]``: where a document starts, for values ``[B, T, ...]``."""
-    return values.new_zeros(values.shape[:2], dtype=torch.bool) if docs is None else docs.starts()
 
 
 def in_chunks(tensor: Tensor, chunk: int) -> Tensor:

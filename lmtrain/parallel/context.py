@@ -99,6 +99,7 @@ class SequenceContext(ExpertContext):
                 window=window,
                 scale=scale,
                 causal=causal,
+                docs=self.docs.whole,
                 **self._of_my_heads(options),
             )
             return from_heads(o, self.group), None

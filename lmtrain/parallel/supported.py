@@ -85,6 +85,19 @@ def _equal_shards(setup: Setup) -> str | None:
     )
 
 
+def _whole_rows(setup: Setup) -> str | None:
+    sp = setup.mesh.sp
+    if sp == 1:
+        return None
+    for name, settings in setup.branches():
+        if branch_class(settings.kind).sp == "serial":
+            return (
+                f"mesh.sp={sp}: model.branches.{name} ({settings.kind}) runs token by token over whole rows; "
+                f"use mesh.sp=1 mesh.dp_shard={setup.mesh.dp_shard * sp}"
+            )
+    return None
+
+
 def _reach(settings: Any) -> int:
     return getattr(settings, "conv_width", 1) - 1
 
@@ -120,6 +133,9 @@ COMBINATIONS: tuple[Combination, ...] = (
     Combination("mesh.dp_replicate", "yes", "any size, with every other axis that works (HSDP)"),
     Combination(
         "mesh.sp", "where sp divides data.seq_len", "contiguous shards; documents may lie anywhere", _equal_shards
+    ),
+    Combination(
+        "mesh.sp with a serial branch (lstm)", "no", "its state is not affine: spans do not compose", _whole_rows
     ),
     Combination(
         "mesh.sp with a convolution (mamba2)",

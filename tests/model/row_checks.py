@@ -116,7 +116,7 @@ VARIANTS = {name: f"2 * {name}" for name in BRANCHES} | {
 """Name to pattern: every branch upon itself, and several together."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "side_by_side": {"multipliers": {"mamba2": Multipliers(0.5, 2.0), "moe": Multipliers(output=0.3)}},
-    "post_norm": {"norm_place": "post", "embedding_scale": 3.0, "logit_scale": 0.5},
+    "post_norm": {"norm_place": "post", "embedding_scale": 3.0, "logit_scale": 0.5, "logit_softcap": 2.0},
     "sandwich": {"norm_place": "sandwich", "norm": "layer", "embedding_norm": True},
     "through": {"norm_place": "through", "multipliers": {"attention": Multipliers(skip=0.7, output=1.5)}},
 }

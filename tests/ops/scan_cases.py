@@ -61,22 +61,37 @@ def shard(docs: Documents, first: int, last: int) -> Documents:
     return Documents.from_ids(docs.ids[:, first:last], before)
 
 
-def run(function: Function, tensors: dict[str, Tensor], docs: Documents | None) -> dict[str, Tensor]:
-    """y, final state and the gradients of a random functional of both, with respect to every tensor."""
+def run(
+    function: Callable[..., tuple[Tensor, ...]],
+    tensors: dict[str, Tensor],
+    docs: Documents | None,
+    names: tuple[str, ...] = ("y", "state"),
+) -> dict[str, Tensor]:
+    """The outputs, and the gradients of a random functional of them with respect to every tensor.
+
+    Its weights are numbers that bf16 has: the same functional in every precision.
+    """
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in tensors.items()}
-    outputs = function(leaves, docs)
-    weights = [rand(*out.shape, seed=9 + i, dtype=out.dtype) for i, out in enumerate(outputs)]
-    total = sum((out * weight).sum() for out, weight in zip(outputs, weights, strict=True))
-    grads = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True, allow_unused=True)
-    found = {"y": outputs[0].detach(), "state": outputs[1].detach()}
+    outputs = dict(zip(names, function(leaves, docs), strict=True))
+    weights = [rand(*out.shape, seed=9 + i).bfloat16().to(out) for i, out in enumerate(outputs.values())]
+    reached = [i for i, out in enumerate(outputs.values()) if out.requires_grad]
+    ends, weights = ([several[i] for i in reached] for several in (list(outputs.values()), weights))
+    grads = torch.autograd.grad(ends, list(leaves.values()), weights, materialize_grads=True)
+    found = {name: out.detach() for name, out in outputs.items()}
     return found | {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+
+
+def relative_rms(got: Tensor, want: Tensor) -> float:
+    """Of the difference, in terms of ``want``; an error of something tiny counts as one of 1e-3."""
+    if not want.numel():
+        return 0.0
+    scale = want.double().square().mean().sqrt().clamp(min=1e-3)
+    return float((got.double() - want.double()).square().mean().sqrt() / scale)
 
 
 def assert_close(got: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Relative RMS below ``tolerance`` for every tensor."""
     for name, want in expected.items():
         assert got[name].shape == want.shape, name
-        if want.numel():
-            error = (got[name].double() - want.double()).square().mean().sqrt()
-            scale = want.double().square().mean().sqrt().clamp(min=1e-3)
-            assert error / scale < tolerance, f"{name}: relative RMS {float(error / scale):.1e}"
+        error = relative_rms(got[name], want)
+        assert error < tolerance, f"{name}: relative RMS {error:.1e}"

@@ -210,3 +210,18 @@ def test_bad_input_is_named(argument: str, value: Any, says: str) -> None:
     } | {argument: value}
     with pytest.raises(ValueError, match=f"linear_cross_entropy_sum: {says}"):
         linear_cross_entropy_sum(**arguments)
+
+
+@pytest.mark.parametrize("chunk", [7, 1000])
+def test_a_softcap_bounds_the_logits(chunk: int) -> None:
+    cap, tensors = 1.5, case()
+    scale = weights_like(tensors["labels"], torch.float64)
+    logits = cap * torch.tanh(tensors["hidden"] @ tensors["weight"].t() / cap)
+    nll, lse = cross_entropy(logits, tensors["labels"])
+    want = gradients(tensors, (scale * (nll + Z_LOSS * lse.square())).sum())
+    total, *_ = linear_cross_entropy_sum(**tensors, loss_weights=scale, z_loss=Z_LOSS, softcap=cap, chunk=chunk)
+    each = linear_cross_entropy(**tensors, softcap=cap, chunk=chunk)
+    for got in (gradients(tensors, total), gradients(tensors, (scale * (each[0] + Z_LOSS * each[1].square())).sum())):
+        for name, expected in want.items():
+            assert_close(got[name], expected, TOLERANCE[torch.float64])
+    assert_close(each[0], nll, 1e-13)

@@ -170,8 +170,10 @@ def test_opcheck(optional: bool) -> None:
     extra = (docs.starts(), initial) if optional else (None, None)
     torch.library.opcheck(torch.ops.lmtrain.ssd.default, (*leaves, *extra, 64))
     arguments = [None if t is None else t.detach() for t in (*leaves, *extra)]
+    states = torch.ops.lmtrain.ssd(*arguments, 64)[2]
+    assert states.shape == (2, 2 if optional else 1, 4, 32, 32)
     grads = (torch.randn(2, 70, 4, 32), torch.randn(2, 4, 32, 32))
-    torch.library.opcheck(torch.ops.lmtrain.ssd_backward.default, (*grads, *arguments, 64))
+    torch.library.opcheck(torch.ops.lmtrain.ssd_backward.default, (*grads, *arguments, states, 64))
 
 
 def test_compiles_whole() -> None:

@@ -11,8 +11,9 @@ import pytest
 from lmtrain.errors import UsageError
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
-from lmtrain.model.ffn.moe import MoEConfig
+from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.lstm import LSTMConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.parallel.config import ClusterConfig, MeshConfig
 from lmtrain.parallel.mesh import resolve
@@ -22,6 +23,7 @@ BRANCHES: dict[str, Any] = {
     "ssm": Mamba2Config(d_state=8, head_dim=8, conv_width=4),
     "wide": AttentionConfig(num_heads=8, num_kv_heads=4),
     "narrow": AttentionConfig(num_heads=8, num_kv_heads=2),
+    "rnn": LSTMConfig(),
     "mlp": MLPConfig(d_ff=32),
     "moe": MoEConfig(num_experts=6, top_k=2, d_expert=8),
 }
@@ -49,6 +51,8 @@ def told(pattern: str, seq_len: int, axes: dict[str, int], **cluster: Any) -> st
     [
         ("ssm wide moe", 32, {}, {}),
         ("ssm narrow mlp", 32, {"dp_shard": 4, "sp": 8}, {"activation_checkpointing": True}),
+        ("rnn", 32, {"dp_shard": 4}, {}),
+        ("mlp", 32, {"sp": 4}, {}),  # `rnn` is named, and not used
         ("ssm", 12, {"sp": 4}, {}),  # shards of three columns, which is what a convolution looks back
         ("wide mlp", 4, {"sp": 4}, {"sp_attention": "heads"}),
         ("narrow", 32, {"sp": 4}, {"sp_attention": "gather"}),
@@ -83,6 +87,13 @@ REFUSED: list[tuple[str, int, dict[str, int], dict[str, Any], str]] = [
         {"sp": 4},
         {},
         "mesh.sp=4: 4 ranks cannot cut data.seq_len 2 into equal parts; use data.seq_len=4, or mesh.sp=2",
+    ),
+    (
+        "mlp rnn",
+        32,
+        {"dp_shard": 3, "sp": 4},
+        {},
+        "mesh.sp=4: model.branches.rnn (lstm) runs token by token over whole rows; use mesh.sp=1 mesh.dp_shard=12",
     ),
     (
         "mlp ssm",

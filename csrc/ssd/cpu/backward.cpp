@@ -1,5 +1,4 @@
-// The backward of one row, group and block of heads: forward over the pieces for the states that enter them, then back
-// over the pieces with the gradients of the states.
+// The backward of one row, group and block of heads: back over the pieces with the gradients of the states.
 //
 // With U_ij = grad_y_i . x_j, S the state before the piece and S' that after it, per head:
 //
@@ -31,7 +30,7 @@ struct Backward {
     const Params& p;
     const int64_t width = padded(p.head_dim), key_width = padded(p.d_state), state_size = p.d_state * width;
     const int64_t key_stride = p.groups * p.d_state, value_stride = p.heads * p.head_dim;
-    T *states, *grad_states;  // [slots, kHeads, d_state, width], [kHeads, d_state, width]
+    T* grad_states;  // [kHeads, d_state, width]
     // of a piece and group; a name ending in t is transposed, its rows kChunk long
     T *b, *c, *bt, *ct, *scores, *grad_bt, *grad_ct, *grad_scores;
     // of a head; values is first x, then grad_y
@@ -41,7 +40,6 @@ struct Backward {
 
     Backward(const Params& params, T* memory) : p(params) {
         Scratch<T> scratch{memory};
-        states = scratch.take(p.slots * kHeads * state_size);
         grad_states = scratch.take(kHeads * state_size);
         b = scratch.take(kChunk * key_width);
         c = scratch.take(kChunk * key_width);
@@ -60,43 +58,15 @@ struct Backward {
     void run(int64_t row, int64_t group, int64_t block) {
         const int64_t size = p.heads / p.groups, first_head = group * size + block * kHeads;
         const int64_t heads = least(kHeads, size - block * kHeads), begin = p.first[row], end = p.first[row + 1];
-        const bool initial = begin == end || p.pieces[begin].slot != kNone;  // whether the state before the row acts
-        if (begin < end && initial) {
-            for (int64_t h = 0; h < heads; ++h) {
-                read_state<IO>(p, state_at(p.pieces[begin], h), p.initial_state, row, first_head + h);
-            }
-        }
-        for (int64_t k = begin; k + 1 < end; ++k) {
-            if (!p.pieces[k].leaves) continue;
-            for (int64_t h = 0; h < heads; ++h) next_state(p.pieces[k], p.pieces[k + 1], group, first_head, h);
-        }
-
         for (int64_t h = 0; h < heads; ++h) {
             read_state<IO>(p, grad_states + h * state_size, p.grad_final, row, first_head + h);
         }
         for (int64_t k = end - 1; k >= begin; --k) run_piece(p.pieces[k], group, block, first_head, heads);
-        if (!initial) std::memset(grad_states, 0, heads * state_size * sizeof(T));
+        const bool acts = begin == end || p.pieces[begin].slot != kNone;  // the state before the row
+        if (!acts) std::memset(grad_states, 0, heads * state_size * sizeof(T));
         for (int64_t h = 0; h < heads; ++h) {
             write_state(p, p.grad_initial, row, first_head + h, grad_states + h * state_size);
         }
-    }
-
-    T* state_at(const Piece& piece, int64_t h) const {
-        return piece.slot == kNone ? nullptr : states + (piece.slot * kHeads + h) * state_size;
-    }
-
-    Decay<IO> decay_of(const Piece& piece, int64_t head) const {
-        const T* log_a = at_piece<const T>(p, piece, p.log_a, p.heads, head, 1);
-        return Decay<IO>(log_a, p.heads, piece.count, piece.slot == kNone);
-    }
-
-    void next_state(const Piece& piece, const Piece& next, int64_t group, int64_t first_head, int64_t h) {
-        const int64_t head = first_head + h;
-        const Decay<IO> decay = decay_of(piece, head);
-        const T* x = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
-        const T* keys = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
-        pack<IO>(values, x, value_stride, piece.count, p.head_dim, decay.leave);
-        step_state<IO>(p, state_at(next, h), state_at(piece, h), decay.total(), keys, key_stride, values, piece.count);
     }
 
     void run_piece(const Piece& piece, int64_t group, int64_t block, int64_t first_head, int64_t heads) {
@@ -111,14 +81,14 @@ struct Backward {
         std::memset(grad_ct, 0, kChunk * p.d_state * sizeof(T));
         std::memset(grad_scores, 0, kChunk * kChunk * sizeof(T));
         for (int64_t h = 0; h < heads; ++h) {
-            run_head(piece, first_head + h, state_at(piece, h), grad_states + h * state_size);
+            run_head(piece, first_head + h, entering<T>(p, piece, first_head + h), grad_states + h * state_size);
         }
         write_grad_keys(piece, group, block);
     }
 
     // `grad_state` is the gradient of the state after the piece, and becomes that of the state before it.
     void run_head(const Piece& piece, int64_t head, const T* state, T* grad_state) {
-        const Decay<IO> decay = decay_of(piece, head);
+        const Decay<IO> decay(at_piece<const T>(p, piece, p.log_a, p.heads, head, 1), p.heads, piece.count, !state);
         const T* x = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
         const T* grad_y = at_piece<const T>(p, piece, p.grad_y, p.heads, head, p.head_dim);
         const T* leaving = piece.leaves ? grad_state : nullptr;
@@ -179,8 +149,7 @@ struct Backward {
                     tile.add(bt + j, 1, kChunk, grad_state + column, width, p.d_state);
                     tile.scale_rows(decay.leave + j);
                 }
-                tile.add(weights + block * kChunk + j, 1, kChunk, values + block * width + column, width,
-                         piece.count - block);
+                tile.add(weights + j * kChunk + j, 1, kChunk, values + j * width + column, width, piece.count - j);
                 tile.store(grad_x + j * value_stride + column, value_stride, p.head_dim - column);
             });
         }
@@ -244,12 +213,11 @@ struct Backward {
         for (int64_t block = 0; block < piece.count; block += kBlock) {
             const int64_t end = least(block + kBlock, piece.count);
             for_tiles<IO>(block, end, p.d_state, [&](auto& tile, int64_t i, int64_t n) LM_INLINE {
-                tile.add(grad_scores + i * kChunk, kChunk, 1, b + n, key_width, end);
+                tile.add(grad_scores + i * kChunk, kChunk, 1, b + n, key_width, i + tile.rows);
                 tile.add_to(grad_c + i * key_stride + n, key_stride, p.d_state - n);
             });
             for_tiles<IO>(block, end, p.d_state, [&](auto& tile, int64_t j, int64_t n) LM_INLINE {
-                tile.add(grad_scores + block * kChunk + j, 1, kChunk, c + block * key_width + n, key_width,
-                         piece.count - block);
+                tile.add(grad_scores + j * kChunk + j, 1, kChunk, c + j * key_width + n, key_width, piece.count - j);
                 tile.add_to(grad_b + j * key_stride + n, key_stride, p.d_state - n);
             });
         }

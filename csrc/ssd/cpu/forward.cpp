@@ -8,11 +8,12 @@ struct Forward {
     using Vec = typename IO::Vec;
 
     const Params& p;
-    const int64_t width = padded(p.head_dim), group_size = p.heads / p.groups;
-    T *bt, *ct, *scores, *x, *weights;  // bt, ct: B and C transposed
+    const int64_t width = padded(p.head_dim), state_size = p.d_state * width, group_size = p.heads / p.groups;
+    T *final_state, *bt, *ct, *scores, *x, *weights;  // bt, ct: B and C transposed
 
     Forward(const Params& params, T* memory) : p(params) {
         Scratch<T> scratch{memory};
+        final_state = scratch.take(state_size);
         bt = scratch.take(p.d_state * kChunk);
         ct = scratch.take(p.d_state * kChunk);
         scores = scratch.take(kChunk * kChunk);
@@ -22,9 +23,12 @@ struct Forward {
 
     // Heads [from, to) of a row; all of them piece after piece, since they share memory pages, and B and C in a group.
     void run(int64_t row, int64_t from, int64_t to) {
-        for (int64_t head = from; head < to; ++head) read_initial_state(row, head);
-        for (int64_t k = p.first[row]; k < p.first[row + 1]; ++k) {
+        const int64_t begin = p.first[row], end = p.first[row + 1];
+        if (begin == end) return hand_on(row, from, to);
+        int64_t slots = 0;
+        for (int64_t k = begin; k < end; ++k) {
             const Piece& piece = p.pieces[k];
+            slots += piece.slot != kNone;
             for (int64_t head = from; head < to; ++head) {
                 const int64_t group = head / group_size;
                 if (head == from || head % group_size == 0) {
@@ -34,46 +38,51 @@ struct Forward {
                     transpose_piece(ct, c, p.groups * p.d_state, piece.count, p.d_state);
                     piece_scores<IO>(p, piece, bt, ct, scores);
                 }
-                run_piece(piece, head, group);
+                T* state = entering<T>(p, piece, head);
+                if (state && k == begin) read_state<IO>(p, state, p.initial_state, row, head);
+                T* after = k + 1 == end ? final_state : entering<T>(p, p.pieces[k + 1], head);
+                run_piece(piece, head, group, state, after);
+                if (k + 1 == end) write_state(p, p.final_state, row, head, final_state);
             }
         }
-        for (int64_t head = from; head < to; ++head) write_state(p, p.final_state, row, head, state_of(row, head));
+        for (; slots < p.slots; ++slots) {
+            T* unused = static_cast<T*>(p.states) + ((row * p.slots + slots) * p.heads + from) * state_size;
+            std::memset(unused, 0, (to - from) * state_size * sizeof(T));
+        }
     }
 
-    T* state_of(int64_t row, int64_t head) const {
-        return static_cast<T*>(p.states) + (row * p.heads + head) * p.d_state * width;
+    // The state before an empty row is that after it.
+    void hand_on(int64_t row, int64_t from, int64_t to) {
+        for (int64_t head = from; head < to; ++head) {
+            if (p.initial_state) read_state<IO>(p, final_state, p.initial_state, row, head);
+            else std::memset(final_state, 0, state_size * sizeof(T));
+            write_state(p, p.final_state, row, head, final_state);
+        }
     }
 
-    void read_initial_state(int64_t row, int64_t head) {
-        T* state = state_of(row, head);
-        if (p.initial_state) read_state<IO>(p, state, p.initial_state, row, head);
-        else std::memset(state, 0, p.d_state * width * sizeof(T));
-    }
-
-    void run_piece(const Piece& piece, int64_t head, int64_t group) {
+    // `state` enters the piece, or null for zero; `after` is the state after it, or null if it is not needed.
+    void run_piece(const Piece& piece, int64_t head, int64_t group, const T* state, T* after) {
         const int64_t stride = p.groups * p.d_state;
-        T* state = state_of(piece.row, head);
-        const bool fresh = piece.slot == kNone;
         const T* b = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
         T* y = at_piece<T>(p, piece, p.y, p.heads, head, p.head_dim);
-        const Decay<IO> decay(at_piece<const T>(p, piece, p.log_a, p.heads, head, 1), p.heads, piece.count, fresh);
+        const Decay<IO> decay(at_piece<const T>(p, piece, p.log_a, p.heads, head, 1), p.heads, piece.count, !state);
         pack<IO>(x, at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim), p.heads * p.head_dim, piece.count,
                  p.head_dim);
         decay_scores(piece, decay);
         for (int64_t block = 0; block < piece.count; block += kBlock) {
             const int64_t end = least(block + kBlock, piece.count);
             for_tiles<IO>(block, end, p.head_dim, [&](auto& tile, int64_t i, int64_t column) LM_INLINE {
-                if (!fresh) {
+                if (state) {
                     tile.add(ct + i, 1, kChunk, state + column, width, p.d_state);
                     tile.scale_rows(decay.enter + i);
                 }
-                tile.add(weights + i * kChunk, kChunk, 1, x + column, width, end);
+                tile.add(weights + i * kChunk, kChunk, 1, x + column, width, i + tile.rows);
                 tile.store(y + i * p.heads * p.head_dim + column, p.heads * p.head_dim, p.head_dim - column);
             });
         }
-        if (!piece.leaves) return;
+        if (!after) return;
         scale_rows<IO>(x, piece.count, width, decay.leave);
-        step_state<IO>(p, state, fresh ? nullptr : state, decay.total(), b, stride, x, piece.count);
+        step_state<IO>(p, after, state, decay.total(), b, stride, x, piece.count);
     }
 
     // weights = D * scores

@@ -23,6 +23,14 @@ T* at_piece(const Params& p, const Piece& piece, Base* values, int64_t count, in
     return static_cast<T*>(values) + ((piece.row * p.length + piece.begin) * count + index) * width;
 }
 
+// The state that enters a piece, or null.
+template <typename T>
+T* entering(const Params& p, const Piece& piece, int64_t head) {
+    if (piece.slot == kNone) return nullptr;
+    const int64_t index = (piece.row * p.slots + piece.slot) * p.heads + head;
+    return static_cast<T*>(p.states) + index * p.d_state * padded(p.head_dim);
+}
+
 // A state [d_state, padded(head_dim)] from and to a tensor [batch, heads, d_state, head_dim].
 template <typename IO, typename T = typename IO::Compute>
 void read_state(const Params& p, T* state, const void* from, int64_t row, int64_t head) {

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, orthogonal
+from lmtrain.model.settings import at_least
 from lmtrain.model.token_shift import TokenMix, channels, token_shift
 
 FALL = {"4": 1, "6": 3, "7": 4}  # how fast the initial share of the previous token falls with depth
@@ -34,8 +34,7 @@ class RWKVChannelConfig(Answers):
     """Of RWKV: 7 has no receptance; initial values differ."""
 
     def __post_init__(self) -> None:
-        if self.d_ff < 1:
-            raise UsageError(f"rwkv_channel: d_ff: expected at least 1, got {self.d_ff}")
+        at_least(self, 1, "d_ff")
 
 
 @register("rwkv_channel")
@@ -68,7 +67,7 @@ class RWKVChannel(Branch):
     def param_info(self) -> dict[str, ParamInfo]:
         d_model, d_ff, version = self.d_model, self.cfg.d_ff, self.cfg.version
         share = 1 - channels(d_model) ** (self.place.left ** FALL[version])
-        key = orthogonal((d_ff / d_model) ** 0.5 if version == "4" else 1.0)
+        key = orthogonal(max(1.0, d_ff / d_model) ** 0.5 if version == "4" else 1.0)
         info = {
             **named("mix", self.mix.param_info([share] * (1 if version == "7" else 2))),
             "k.weight": matrix(key, d_model, d_ff, rows=d_ff),

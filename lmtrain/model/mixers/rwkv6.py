@@ -7,19 +7,19 @@ y_t = (S_{t-1} + Diag(u) k_t v_t^T)^T r_t     out = W_o (LayerNorm_head(y) * sil
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, fixed, orthogonal, uniform
 from lmtrain.model.norm import HeadNorm
+from lmtrain.model.settings import at_least, whole_heads
 from lmtrain.model.token_shift import channels, token_shift
 from lmtrain.ops import gla
 from lmtrain.ops.op import Cost, compute_dtype
@@ -40,14 +40,11 @@ class RWKV6Config(Answers):
     decay_rank: int = 64
     """Inner width of the decay's projection."""
 
-    def heads(self, d_model: int) -> int:
-        """UsageError unless the width divides into heads."""
-        if d_model % self.head_dim:
-            raise UsageError(f"rwkv6: head_dim {self.head_dim} does not divide d_model {d_model}")
-        return d_model // self.head_dim
+    def __post_init__(self) -> None:
+        at_least(self, 1, "head_dim", "mix_rank", "decay_rank")
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
-        shape = (1, seq_len, self.heads(d_model), self.head_dim)
+        shape = (1, seq_len, whole_heads(self, d_model), self.head_dim)
         return gla.cost(shape, shape, shape, shape)
 
 
@@ -86,15 +83,14 @@ class RWKV6(Branch):
 
     def __init__(self, cfg: RWKV6Config, d_model: int, place: Place) -> None:
         super().__init__()
-        self.cfg, self.place, self.d_model = cfg, place, d_model
-        heads = cfg.heads(d_model)
+        self.cfg, self.place, self.d_model, self.num_heads = cfg, place, d_model, whole_heads(cfg, d_model)
         self.mix_x = nn.Parameter(torch.empty(d_model))
         self.mix = nn.Parameter(torch.empty(len(MIXES), d_model))
         self.mix_in = nn.Parameter(torch.empty(d_model, len(MIXES) * cfg.mix_rank))
         self.mix_out = nn.Parameter(torch.empty(len(MIXES), cfg.mix_rank, d_model))
         self.decay_in = nn.Parameter(torch.empty(d_model, cfg.decay_rank))
         self.decay_out = nn.Parameter(torch.empty(cfg.decay_rank, d_model))
-        self.decay = Decay(heads, cfg.head_dim)
+        self.decay = Decay(self.num_heads, cfg.head_dim)
         self.r = nn.Linear(d_model, d_model, bias=False)
         self.k = nn.Linear(d_model, d_model, bias=False)
         self.v = nn.Linear(d_model, d_model, bias=False)
@@ -110,37 +106,36 @@ class RWKV6(Branch):
         x_w, x_k, x_v, x_r, x_g = (
             x + change * (share + more) for share, more in zip(self.mix.unbind(), moved.unbind(), strict=True)
         )
-        g, u = self.decay(torch.tanh(x_w @ self.decay_in) @ self.decay_out)
-        v, r, k, g = (t.unflatten(-1, (-1, self.cfg.head_dim)) for t in (self.v(x_v), self.r(x_r), self.k(x_k), g))
-        y, after = ctx.scan(gla, v, r, k, g, u, initial_state=state.get("wkv"))
+        log_w, u = self.decay(torch.tanh(x_w @ self.decay_in) @ self.decay_out)
+        r, k, v = self.r(x_r), self.k(x_k), self.v(x_v)
+        v, r, k, log_w = (t.unflatten(-1, (-1, self.cfg.head_dim)) for t in (v, r, k, log_w))
+        y, after = ctx.scan(gla, v, r, k, log_w, u, initial_state=state.get("wkv"))
         y = self.o(self.norm(y).flatten(2) * F.silu(self.gate(x_g)))
         return y, {"shift": tail, "wkv": after} if ctx.carries else {}, {}
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        heads, head_dim = self.cfg.heads(self.d_model), self.cfg.head_dim
-        return {"shift": (1, self.d_model), "wkv": (heads, head_dim, head_dim)}
+        return {"shift": (1, self.d_model), "wkv": (self.num_heads, self.cfg.head_dim, self.cfg.head_dim)}
 
     def param_info(self) -> dict[str, ParamInfo]:
-        d_model, cfg, left = self.d_model, self.cfg, self.place.left
-        ramp = channels(d_model)
-        first = 1 - ramp**left
-        shares = {"w": first, "k": first, "v": first - 0.3 * self.place.depth, "r": 1 - ramp ** (0.5 * left)}
+        d_model, cfg, place, heads = self.d_model, self.cfg, self.place, self.num_heads
+        ramp, zero, small = channels(d_model), constant(0.0), uniform(-0.01, 0.01)
+        first = 1 - ramp**place.left
+        shares = {"w": first, "k": first, "v": first - 0.3 * place.depth, "r": 1 - ramp ** (0.5 * place.left)}
         shares["g"] = shares["r"]
-        heads, zero, small = cfg.heads(d_model), constant(0.0), uniform(-0.01, 0.01)
-        after = constant(((self.place.of_kind + 1) / self.place.kind_count) ** 0.7)
-        orthonormal, small_orthonormal = orthogonal(1.0), orthogonal(0.1)
-        return {
-            "mix_x": ParamInfo("scalar", fixed(first)),
-            "mix": ParamInfo("scalar", fixed(torch.stack([shares[name] for name in MIXES]))),
+        narrow = {
             "mix_in": matrix(zero, d_model, len(MIXES) * cfg.mix_rank),
             "mix_out": matrix(small, cfg.mix_rank, d_model),
             "decay_in": matrix(zero, d_model, cfg.decay_rank),
             "decay_out": matrix(small, cfg.decay_rank, d_model),
-            **named("decay", self.decay.param_info(self.place)),
-            "r.weight": matrix(orthonormal, d_model, d_model, rows=heads),
-            "k.weight": matrix(small_orthonormal, d_model, d_model, rows=heads),
-            "v.weight": matrix(orthonormal, d_model, d_model, rows=heads),
-            "gate.weight": matrix(small_orthonormal, d_model, d_model, rows=heads),
+        }
+        gains = {"r": 1.0, "k": 0.1, "v": 1.0, "gate": 0.1}
+        after = constant(((place.of_kind + 1) / place.kind_count) ** 0.7)
+        return {
+            "mix_x": ParamInfo("scalar", fixed(first)),
+            "mix": ParamInfo("scalar", fixed(torch.stack([shares[name] for name in MIXES]))),
+            **{name: replace(info, decay=False) for name, info in narrow.items()},
+            **named("decay", self.decay.param_info(place)),
+            **{f"{k}.weight": matrix(orthogonal(gain), d_model, d_model, rows=heads) for k, gain in gains.items()},
             "norm.weight": ParamInfo("norm", after, tp_dim=0, tp_units=heads),
             "norm.bias": ParamInfo("bias", zero, tp_dim=0, tp_units=heads),
             "o.weight": matrix(zero, d_model, d_model, columns=heads),

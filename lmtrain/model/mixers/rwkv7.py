@@ -17,15 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
-from lmtrain.model.branch import Branch, Init, ParamInfo, Place, State, Streams, matrix, named, register
+from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, fixed, orthogonal
+from lmtrain.model.low_rank import LowRank, Offset
 from lmtrain.model.norm import HeadNorm
+from lmtrain.model.settings import at_least, whole_heads
 from lmtrain.model.token_shift import TokenMix, channels, token_shift
 from lmtrain.ops import dplr
-from lmtrain.ops.op import Cost, compute_dtype
+from lmtrain.ops.op import Cost
 
 MIXES = {"r": 0.2, "w": 0.9, "k": 0.7, "v": 0.7, "a": 0.9, "g": 0.2}  # and how fast the first share falls
 RANKS = {"decay": 2.5, "rate": 2.5, "value": 1.7, "gate": 5.0}  # over sqrt(d_model)
@@ -48,61 +49,20 @@ class RWKV7Config(Answers):
     gate_rank: int | None = None
     """Inner width of the output gate's projection."""
 
-    def heads(self, d_model: int) -> int:
-        """UsageError unless the width divides into heads."""
-        if d_model % self.head_dim:
-            raise UsageError(f"rwkv7: head_dim {self.head_dim} does not divide d_model {d_model}")
-        return d_model // self.head_dim
+    def __post_init__(self) -> None:
+        at_least(self, 1, "head_dim", *(f"{name}_rank" for name in RANKS))
 
     def rank(self, name: str, d_model: int) -> int:
         given: int | None = getattr(self, f"{name}_rank")
         return given or max(32, 32 * round(RANKS[name] * math.sqrt(d_model) / 32))
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
-        return dplr.cost(*6 * ((1, seq_len, self.heads(d_model), self.head_dim),))
-
-
-class LowRank(nn.Module):
-    """``f(x W_1) W_2``, raw matrices ``[in, rank]`` and ``[rank, out]``."""
-
-    def __init__(self, d_model: int, rank: int) -> None:
-        super().__init__()
-        self.inner = nn.Parameter(torch.empty(d_model, rank))
-        self.outer = nn.Parameter(torch.empty(rank, d_model))
-
-    def forward(self, x: Tensor, activation: str = "none") -> Tensor:
-        low = x @ self.inner
-        low = torch.tanh(low) if activation == "tanh" else torch.sigmoid(low) if activation == "sigmoid" else low
-        return low @ self.outer
-
-    def param_info(self) -> dict[str, ParamInfo]:
-        d_model, rank = self.inner.shape
-        return {
-            "inner": matrix(constant(0.0), d_model, rank),
-            "outer": matrix(orthogonal(0.1), rank, d_model),
-        }
-
-
-class Offset(nn.Module):
-    """``sigmoid(raw + offset)``, always fp32."""
-
-    keeps_fp32 = True
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_model))
-
-    def forward(self, raw: Tensor) -> Tensor:
-        return torch.sigmoid(raw.to(compute_dtype(raw)) + self.weight)
-
-    def param_info(self, values: Tensor, units: int, lr_scale: float = 1.0) -> dict[str, ParamInfo]:
-        info = ParamInfo("decay", fixed(values), fp32=True, lr_scale=lr_scale, tp_dim=0, tp_units=units)
-        return {"weight": info}
+        return dplr.cost(*6 * ((1, seq_len, whole_heads(self, d_model), self.head_dim),))
 
 
 @register("rwkv7")
 class RWKV7(Branch):
-    """See the module. State: ``shift`` ``[B, 1, D]``, ``wkv`` fp32 ``[B, H, K, V]``; stream ``v_first`` ``[B, T, D]``."""
+    """See above. State: ``shift`` ``[B, 1, D]``, ``wkv`` fp32 ``[B, H, K, V]``. Stream ``v_first`` ``[B, T, D]``."""
 
     Config: ClassVar[type[RWKV7Config]] = RWKV7Config
     reads = writes = frozenset({"v_first"})
@@ -110,77 +70,68 @@ class RWKV7(Branch):
 
     def __init__(self, cfg: RWKV7Config, d_model: int, place: Place) -> None:
         super().__init__()
-        self.cfg, self.place, self.d_model = cfg, place, d_model
-        heads = cfg.heads(d_model)
+        self.cfg, self.place, self.d_model, self.num_heads = cfg, place, d_model, whole_heads(cfg, d_model)
         self.mix = TokenMix(d_model, len(MIXES))
-        for name in ("r", "k", "v", "o"):
-            self.add_module(name, nn.Linear(d_model, d_model, bias=False))
-        self.decay_raw, self.decay = LowRank(d_model, cfg.rank("decay", d_model)), Offset(d_model)
+        self.r, self.k, self.v, self.o = (nn.Linear(d_model, d_model, bias=False) for _ in range(4))
+        self.decay_raw, self.decay = LowRank(d_model, cfg.rank("decay", d_model), torch.tanh), Offset(d_model)
         self.rate_raw, self.rate = LowRank(d_model, cfg.rank("rate", d_model)), Offset(d_model)
         if place.of_kind:
             self.value_raw, self.value = LowRank(d_model, cfg.rank("value", d_model)), Offset(d_model)
-        self.gate = LowRank(d_model, cfg.rank("gate", d_model))
+        self.gate = LowRank(d_model, cfg.rank("gate", d_model), torch.sigmoid)
         self.k_k, self.k_a = (nn.Parameter(torch.empty(d_model)) for _ in range(2))
-        self.r_k = nn.Parameter(torch.empty(heads, cfg.head_dim))
+        self.r_k = nn.Parameter(torch.empty(self.num_heads, cfg.head_dim))
         self.norm = HeadNorm(d_model, 64e-5)
 
     def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
         previous, tail = token_shift(x, ctx, state.get("shift"))
         x_r, x_w, x_k, x_v, x_a, x_g = self.mix(x, previous)
-        r, k, v = (self.get_submodule(name)(t) for name, t in (("r", x_r), ("k", x_k), ("v", x_v)))
-        log_w = -math.exp(-0.5) * self.decay(self.decay_raw(x_w, "tanh"))
-        a, written = self.rate(self.rate_raw(x_a)), {}
+        r, k, v = self.r(x_r), self.k(x_k), self.v(x_v)
+        log_w = -math.exp(-0.5) * self.decay(self.decay_raw(x_w))
+        a = self.rate(self.rate_raw(x_a))
+        written = {}
         if self.place.of_kind:
             v = v + (streams["v_first"] - v) * self.value(self.value_raw(x_v)).to(v.dtype)
         else:
-            written = {"v_first": v}
+            written["v_first"] = v
         wide = k.to(a.dtype)
         kappa = F.normalize(self._by_head(wide * self.k_k), dim=-1, eps=1e-12)
         key = self._by_head(wide * (1 + (a - 1) * self.k_a))
         v, r, log_w, a = (self._by_head(t) for t in (v, r, log_w, a))
         y, after = ctx.scan(dplr, v, r, log_w, key, -kappa, kappa * a, initial_state=state.get("wkv"))
         bonus = (r * key * self.r_k).sum(dim=-1, keepdim=True) * v
-        y = (self.norm(y) + bonus.to(y.dtype)).flatten(2) * self.gate(x_g, "sigmoid")
-        return self.get_submodule("o")(y), {"shift": tail, "wkv": after} if ctx.carries else {}, written
+        y = self.o((self.norm(y) + bonus.to(y.dtype)).flatten(2) * self.gate(x_g))
+        return y, {"shift": tail, "wkv": after} if ctx.carries else {}, written
 
     def _by_head(self, t: Tensor) -> Tensor:
         return t.unflatten(-1, (-1, self.cfg.head_dim))
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        heads, head_dim = self.cfg.heads(self.d_model), self.cfg.head_dim
-        return {"shift": (1, self.d_model), "wkv": (heads, head_dim, head_dim)}
+        return {"shift": (1, self.d_model), "wkv": (self.num_heads, self.cfg.head_dim, self.cfg.head_dim)}
 
     def param_info(self) -> dict[str, ParamInfo]:
-        d_model, place, heads = self.d_model, self.place, self.cfg.heads(self.d_model)
+        d_model, place, heads, width = self.d_model, self.place, self.num_heads, self.cfg.head_dim
         ramp = torch.arange(d_model) / max(d_model - 1, 1)
-        linear, within = ramp - 0.5, (torch.arange(d_model) % 64 - 31.5) / 31.5
+        linear, half = ramp - 0.5, (width - 1) / 2
+        within = (torch.arange(d_model) % width - half) / max(half, 0.5)  # -1 to 1 in every head
         zigzag = within * within.abs()
         decay = -6 + 6 * ramp ** (1 + place.depth**0.3) + 0.5 + 2.5 * zigzag
         shares = [1 - channels(d_model) ** (fall * place.left) for fall in MIXES.values()]
-
-        def per_channel(value: Tensor | float) -> ParamInfo:
-            init = constant(value) if isinstance(value, float) else fixed(value)
-            return ParamInfo("scalar", init, tp_dim=0, tp_units=heads)
-
-        def projection(init: Init) -> ParamInfo:
-            return matrix(init, d_model, d_model, rows=heads)
-
         info = named("mix", self.mix.param_info(shares))
-        for name in ("decay_raw", "rate_raw", "gate") + (("value_raw",) if place.of_kind else ()):
-            info |= named(name, self.get_submodule(name).param_info())
+        for name, module in self.named_children():
+            if isinstance(module, LowRank):
+                info |= named(name, module.param_info())
         info |= named("decay", self.decay.param_info(decay, heads, lr_scale=2.0))
         info |= named("rate", self.rate.param_info(-0.19 + 0.3 * zigzag + 0.4 * linear, heads))
         if place.of_kind:
             info |= named("value", self.value.param_info(0.73 - 0.4 * linear, heads))
-        after = ((place.of_kind + 1) / place.kind_count) ** 0.7
+        for name, gain in (("r", 1.0), ("k", 0.1), ("v", 1.0)):
+            info[f"{name}.weight"] = matrix(orthogonal(gain), d_model, d_model, rows=heads)
+        for name, init in (("k_k", fixed(0.71 - 0.1 * linear)), ("k_a", constant(1.02)), ("r_k", constant(-0.04))):
+            info[name] = ParamInfo("scalar", init, tp_dim=0, tp_units=heads)
         return info | {
-            "r.weight": projection(orthogonal(1.0)),
-            "k.weight": projection(orthogonal(0.1)),
-            "v.weight": projection(orthogonal(1.0)),
-            "k_k": per_channel(0.71 - 0.1 * linear),
-            "k_a": per_channel(1.02),
-            "r_k": per_channel(-0.04),
-            "norm.weight": ParamInfo("norm", constant(after), tp_dim=0, tp_units=heads),
+            "norm.weight": ParamInfo(
+                "norm", constant(((place.of_kind + 1) / place.kind_count) ** 0.7), tp_dim=0, tp_units=heads
+            ),
             "norm.bias": ParamInfo("bias", constant(0.0), tp_dim=0, tp_units=heads),
             "o.weight": matrix(constant(0.0), d_model, d_model, columns=heads),
         }
