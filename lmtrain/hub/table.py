@@ -77,11 +77,27 @@ def same(ours: str, disk: str) -> Rule:
     return Rule((ours,), (disk,))
 
 
+KNOWN: dict[str, str] = {
+    "model": "d_model branches pattern vocab_size vocab_multiple tie_embeddings norm_eps init_std",
+    "attention": "kind num_heads num_kv_heads head_dim rope rope_theta qk_norm window",
+    "mamba2": "kind d_state head_dim expand num_groups conv_width chunk norm_eps",
+    "mlp": "kind d_ff activation",
+    "moe": "kind num_experts top_k d_expert num_shared d_shared activation router normalise_weights scale balance "
+    "aux_weight bias_rate",
+}
+"""Settings that every table takes into account. Any other refuses a class unless it has its default, or the class
+``knows`` it."""
+
+
 class HubClass(ABC):
     """A causal language model of transformers: what it can express, its config, its names on disk."""
 
     name: ClassVar[str]
     model_type: ClassVar[str]
+    knows: ClassVar[dict[str, str]] = {}
+    """By kind, all settings that the table takes into account, where they are more than ``KNOWN``."""
+    side_by_side: ClassVar[bool] = False
+    """Whether the table takes branches side by side into account."""
 
     @property
     def architecture(self) -> str:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from lmtrain.errors import UsageError
-from lmtrain.hub.match import KNOWN, match, require
-from lmtrain.hub.table import HubClass
+from lmtrain.hub.match import CLASSES, match, require
+from lmtrain.hub.table import KNOWN, HubClass
 from lmtrain.model.branch import BRANCHES as KINDS
 from lmtrain.model.config import ModelConfig
 from tests.hub.models import BRANCHES, MODELS, VOCAB, config
@@ -97,15 +97,16 @@ def test_the_refusal_tells_every_class_nearest_first() -> None:
 
 
 def test_what_the_tables_know_exists() -> None:
-    settings = {"model": ModelConfig} | {kind: KINDS[kind].Config for kind in KNOWN if kind != "model"}
-    for kind, words in KNOWN.items():
-        assert set(words.split()) <= {field.name for field in dataclasses.fields(settings[kind])}, kind
+    for known in (KNOWN, *(cls.knows for cls in CLASSES)):
+        for kind, words in known.items():
+            settings = ModelConfig if kind == "model" else KINDS[kind].Config
+            assert set(words.split()) <= {field.name for field in dataclasses.fields(settings)}, kind
 
 
 def test_branches_side_by_side_refuse_every_class() -> None:
     reasons = match(_config("attn + mlp", {}, {}))
     assert isinstance(reasons, dict)
-    assert all("attn + mlp stand side by side, which no table here knows" in why for why in reasons.values())
+    assert all("attn + mlp stand side by side" in why for why in reasons.values())
 
 
 def test_a_setting_no_table_knows_refuses_every_class() -> None:
@@ -114,4 +115,4 @@ def test_a_setting_no_table_knows_refuses_every_class() -> None:
     capped = dataclasses.replace(BRANCHES["attn"], softcap=30.0)
     reasons = match(dataclasses.replace(cfg, branches=cfg.branches | {"attn": capped}))
     assert isinstance(reasons, dict)
-    assert all("attention.softcap is 30.0, which no table here knows" in why for why in reasons.values())
+    assert all("attention.softcap is 30.0, which its table does not know" in why for why in reasons.values())
