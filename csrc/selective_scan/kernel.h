@@ -15,7 +15,9 @@ namespace lm::selective_scan {
 
 // The forward keeps the state before every chunk, the backward recomputes from there. It equals CHUNK in
 // lmtrain/ops/selective_scan.py.
-constexpr int64_t kChunk = 64;
+constexpr int64_t kChunk = 32;
+// States that the backward carries through a chunk together: few enough for registers, and for their scratch for L1.
+constexpr int kBlock = 4;
 // Channels of one task. Fixed, so that sums over channels are taken in the same order for any number of threads.
 constexpr int64_t kPart = 128;
 
@@ -50,11 +52,15 @@ inline int64_t num_parts(const Params& p) { return (p.channels / p.groups + kPar
 // a task is a part of a group's channels in one row
 inline int64_t num_tasks(const Params& p) { return p.batch * p.groups * num_parts(p); }
 
+// the states, rounded up to whole blocks
+inline int64_t padded_states(const Params& p) { return (p.d_state + kBlock - 1) / kBlock * kBlock; }
+
 // elements of a thread's scratch memory
-inline int64_t forward_scratch(const Params& p) { return 2 * p.d_state * kPart; }
+inline int64_t forward_scratch(const Params& p) { return 2 * padded_states(p) * kPart; }
 
 inline int64_t backward_scratch(const Params& p, int64_t lanes) {
-    return 3 * p.d_state * kPart + (4 * kChunk + 1) * p.d_state * lanes;
+    const int64_t states = padded_states(p);
+    return (3 * states + 5 * kChunk) * kPart + (4 * kChunk + 1) * kBlock * lanes + 2 * kChunk * states;
 }
 
 }  // namespace

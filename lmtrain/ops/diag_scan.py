@@ -7,21 +7,15 @@ x and log_a ``[B, T, D]``, log_a <= 0, state ``[B, D]``. A document's first toke
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmtrain.ops import library
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, check_shape, compute_dtype
-
-
-def _scale(factor: Tensor, state: Tensor) -> Tensor:
-    """``factor * state``, 0 where the factor is 0, even of infinities."""
-    kept = torch.where(factor == 0, state.new_zeros(()), state)
-    return factor * kept
+from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, compute_dtype, scaled
 
 
 def _decay(log_a: Tensor, docs: Documents | None) -> Tensor:
@@ -39,7 +33,7 @@ def recurrence(x: Tensor, log_a: Tensor, docs: Documents | None, initial_state: 
     for value, factor, start in zip(values.unbind(1), decay.unbind(1), starts, strict=True):
         if start is not None:
             state = state.masked_fill(start, 0)
-        state = _scale(factor, state) + value
+        state = scaled(factor, state) + value
         outputs.append(state)
     y = torch.stack(outputs, dim=1) if outputs else values
     return y.to(x.dtype), state
@@ -60,7 +54,7 @@ def doubled(x: Tensor, log_a: Tensor, docs: Documents | None, initial_state: Ten
     left = column.expand(batch, -1) if docs is None else torch.minimum(docs.positions(), column)
     decay = _decay(log_a.to(dtype), docs)
     if initial_state is not None:
-        first = h[:, :1] + _scale(decay[:, :1], initial_state.to(dtype)[:, None])
+        first = h[:, :1] + scaled(decay[:, :1], initial_state.to(dtype)[:, None])
         h = torch.cat([first, h[:, 1:]], dim=1)
     distance = 1
     while distance < length:
@@ -70,7 +64,7 @@ def doubled(x: Tensor, log_a: Tensor, docs: Documents | None, initial_state: Ten
         factor = torch.where(seen, decay[:, distance:], zero)
         earlier = torch.where(seen, h[:, :-distance], zero)
         before = torch.where(seen, decay[:, :-distance], zero)
-        h = torch.cat([h[:, :distance], h[:, distance:] + _scale(factor, earlier)], dim=1)
+        h = torch.cat([h[:, :distance], h[:, distance:] + scaled(factor, earlier)], dim=1)
         decay = torch.cat([decay[:, :distance], factor * before], dim=1)
         distance *= 2
     return h.to(x.dtype), h[:, -1]
@@ -113,10 +107,10 @@ class DiagScan(AffineOp):
         return torch.where(opens, zero, torch.where(opens[:, None], zero, log_a).sum(dim=1).exp())
 
     def apply(self, gamma: Tensor, state: Tensor) -> Tensor:
-        return _scale(gamma, state)
+        return scaled(gamma, state)
 
     def transpose(self, gamma: Tensor, grad: Tensor) -> Tensor:
-        return _scale(gamma, grad)
+        return scaled(gamma, grad)
 
     def outer(self, grad: Tensor, state: Tensor) -> Tensor:
         return grad * state
@@ -146,69 +140,30 @@ class DiagScan(AffineOp):
         if len(inputs) != 2 or any(t is None for t in inputs):
             raise ValueError("diag_scan: inputs: expected (x, log_a)")
         x, log_a = (t for t in inputs if t is not None)
-        if not x.is_floating_point():
-            raise ValueError(f"diag_scan: x: expected a floating dtype, got {x.dtype}")
         check_shape(self.name, "x", x, (None, None, None))
         batch, length, channels = x.shape
         check_shape(self.name, "log_a", log_a, (batch, length, channels))
         if initial_state is not None:
             check_shape(self.name, "initial_state", initial_state, (batch, channels))
-        if docs is not None:
-            check_shape(self.name, "docs.ids", docs.ids, (batch, length))
-        others = {"log_a": log_a, "initial_state": initial_state, "docs": None if docs is None else docs.ids}
-        for argument, other in others.items():
-            if other is not None and other.device != x.device:
-                raise ValueError(f"diag_scan: {argument}: expected device {x.device} as x, got {other.device}")
+        check_row(self.name, "x", x, docs, log_a=log_a, initial_state=initial_state)
         return x, log_a
 
 
 diag_scan = DiagScan()
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
+def _outputs(x: Tensor, *_: Tensor | None) -> tuple[Like, ...]:
+    return x, (x, (x.shape[0], x.shape[2]))
 
 
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None and not hasattr(torch.ops.lmtrain, DiagScan.name):
-        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
-    if reason is None:
-        _register_native()
-    return reason
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return outputs[0], *inputs[1:]  # y holds every state
 
 
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::diag_scan", _fake_forward)
-    torch.library.register_fake("lmtrain::diag_scan_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::diag_scan", _backward, setup_context=_save)
-
-
-def _fake_forward(
-    x: Tensor, log_a: Tensor, starts: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(x.shape[0], x.shape[2])
-
-
-def _fake_backward(
-    grad_y: Tensor, grad_state: Tensor, y: Tensor, log_a: Tensor, starts: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(y.shape), y.new_empty(y.shape[0], y.shape[2])
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, log_a, starts, initial_state = inputs
-    ctx.save_for_backward(output[0], log_a, starts, initial_state)  # y holds every state
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    grad_x, grad_log_a, grad_initial = torch.ops.lmtrain.diag_scan_backward(grad_y, grad_state, *saved)
-    return grad_x, grad_log_a, None, None if saved[-1] is None else grad_initial
+def _gradients(y: Tensor, log_a: Tensor, *_: Tensor | None) -> tuple[Like | None, ...]:
+    return y, log_a, None, _outputs(y)[1]
 
 
 library.register(
-    DiagScan.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
-    library.Backend("reference"),
+    DiagScan.name, compiled(DiagScan.name, _outputs, _gradients, saved=_saved), library.Backend("reference")
 )

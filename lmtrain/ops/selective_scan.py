@@ -10,7 +10,6 @@ h_{t-1} = 0. dt enters the decay and the input, Longhorn's B too.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -18,17 +17,12 @@ from torch import Tensor
 
 from lmtrain.ops import library
 from lmtrain.ops.adapters import mamba_ssm
+from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, check_shape, compute_dtype
+from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, compute_dtype, scaled
 
 DECAYS = ("exp", "longhorn")
 CHUNK = 32  # tokens between the states that the compiled forward keeps for its backward
-
-
-def _scale(factor: Tensor, state: Tensor) -> Tensor:
-    """``factor * state``, 0 where the factor is 0, even of infinities."""
-    kept = torch.where(factor == 0, state.new_zeros(()), state)
-    return factor * kept
 
 
 def recurrence(
@@ -57,7 +51,7 @@ def recurrence(
         if start is not None:
             # where, not a product: a NaN of another document must not reach this one
             state = state.masked_fill(start, 0)
-        state = _scale(decay, state) + value[..., None] * key
+        state = scaled(decay, state) + value[..., None] * key
         outputs.append((state * query).sum(dim=-1))
     y = torch.stack(outputs, dim=1) if outputs else inputs
     return y.to(x.dtype), state
@@ -113,10 +107,10 @@ class SelectiveScan(AffineOp):
         return torch.where(opens, zero, (torch.where(opens, zero, dt).sum(dim=1)[..., None] * a).exp())
 
     def apply(self, gamma: Tensor, state: Tensor) -> Tensor:
-        return _scale(gamma, state)
+        return scaled(gamma, state)
 
     def transpose(self, gamma: Tensor, grad: Tensor) -> Tensor:
-        return _scale(gamma, grad)
+        return scaled(gamma, grad)
 
     def outer(self, grad: Tensor, state: Tensor) -> Tensor:
         return grad * state
@@ -159,8 +153,6 @@ class SelectiveScan(AffineOp):
         if decay is not None and (decay == "longhorn") != (a is None):
             expected, got = ("None", "a tensor") if a is not None else ("[D, N]", "None")
             raise ValueError(f"selective_scan: A: expected {expected} with decay={decay}, got {got}")
-        if not x.is_floating_point():
-            raise ValueError(f"selective_scan: x: expected a floating dtype, got {x.dtype}")
         check_shape(self.name, "x", x, (None, None, None))
         batch, length, channels = x.shape
         check_shape(self.name, "dt", dt, (batch, length, channels))
@@ -174,81 +166,31 @@ class SelectiveScan(AffineOp):
             check_shape(self.name, "A", a, (channels, b.shape[3]))
         if initial_state is not None:
             check_shape(self.name, "initial_state", initial_state, (batch, channels, b.shape[3]))
-        if docs is not None:
-            check_shape(self.name, "docs.ids", docs.ids, (batch, length))
-        others = {"dt": dt, "A": a, "B": b, "C": c, "initial_state": initial_state}
-        others |= {} if docs is None else {"docs": docs.ids}
-        for argument, other in others.items():
-            if other is not None and other.device != x.device:
-                raise ValueError(f"selective_scan: {argument}: expected device {x.device} as x, got {other.device}")
+        check_row(self.name, "x", x, docs, dt=dt, A=a, B=b, C=c, initial_state=initial_state)
         return x, dt, a, b, c
 
 
 selective_scan = SelectiveScan()
 
 
-# --- the compiled backend: shapes for tracing and the backward, registered when the library first loads ---
-
-
-def _native_missing() -> str | None:
-    reason = library.load()
-    if reason is None and not hasattr(torch.ops.lmtrain, SelectiveScan.name):
-        reason = f"the compiled library is older than it; rebuild it with `{library.BUILD_COMMAND}`"
-    if reason is None:
-        _register_native()
-    return reason
-
-
-@cache
-def _register_native() -> None:
-    torch.library.register_fake("lmtrain::selective_scan", _fake_forward)
-    torch.library.register_fake("lmtrain::selective_scan_backward", _fake_backward)
-    torch.library.register_autograd("lmtrain::selective_scan", _backward, setup_context=_save)
-
-
-def _fake_forward(
-    x: Tensor, dt: Tensor, a: Tensor | None, b: Tensor, c: Tensor, starts: Tensor | None, initial_state: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, dt: Tensor, a: Tensor | None, b: Tensor, c: Tensor, *_: Tensor | None) -> tuple[Like, ...]:
     (batch, length, channels), d_state = x.shape, b.shape[3]
-    chunks = (length + CHUNK - 1) // CHUNK
-    state = x.new_empty(batch, channels, d_state)
-    return x.new_empty(x.shape), state, x.new_empty(batch, chunks, d_state, channels)
+    return x, (x, (batch, channels, d_state)), (x, (batch, -(-length // CHUNK), d_state, channels))
 
 
-def _fake_backward(
-    grad_y: Tensor,
-    grad_state: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    a: Tensor | None,
-    b: Tensor,
-    c: Tensor,
-    starts: Tensor | None,
-    initial_state: Tensor | None,
-    checkpoints: Tensor,
-) -> tuple[Tensor, ...]:
-    (batch, _, channels), d_state = x.shape, b.shape[3]
-    shapes = (x.shape, x.shape, (channels, d_state), b.shape, b.shape, (batch, channels, d_state))
-    return tuple(x.new_empty(shape) for shape in shapes)
+def _saved(inputs: tuple[Any, ...], outputs: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    return *inputs, outputs[2]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(*inputs, output[2])
-
-
-def _backward(ctx: Any, grad_y: Tensor, grad_state: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # read once: activation checkpointing recomputes them, and refuses a second time
-    a, initial_state = saved[2], saved[6]
-    grads = torch.ops.lmtrain.selective_scan_backward(grad_y, grad_state, *saved)
-    grad_x, grad_dt, grad_a, grad_b, grad_c, grad_initial = grads
-    kept = None if initial_state is None else grad_initial
-    return grad_x, grad_dt, None if a is None else grad_a, grad_b, grad_c, None, kept
+def _gradients(
+    x: Tensor, dt: Tensor, a: Tensor | None, b: Tensor, c: Tensor, *_: Tensor | None
+) -> tuple[Like | None, ...]:
+    return x, dt, (x, (x.shape[2], b.shape[3])), b, c, None, _outputs(x, dt, a, b, c)[1]
 
 
 library.register(
     SelectiveScan.name,
-    library.Backend("cpu", "cpu", frozenset({torch.float32, torch.float64, torch.bfloat16}), _native_missing),
+    compiled(SelectiveScan.name, _outputs, _gradients, saved=_saved),
     mamba_ssm.BACKEND,
     library.Backend("reference"),
 )

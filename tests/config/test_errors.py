@@ -27,7 +27,7 @@ TABLE = [
     (
         None,
         "seed=1",
-        r"command line: no recipe=NAME or recipe=PATH; known: demo, hybrid-moe-1b, llama-1b, .*",
+        r"command line: no recipe=NAME or recipe=PATH; known: deepseek-v3, demo, gla-1\.3b, .*",
     ),
     # unknown keys
     ("trian: {lr: 1}", "", r"recipe error: x\.yaml: trian: unknown key; did you mean train\?"),

@@ -2,19 +2,22 @@
 
 namespace {
 
-// A thread's scratch. [tile][d_state] vectors: rates, the gradient of the state from the right, the gradient of A.
-// [kChunk][d_state] vectors: decays, states (one more: before the chunk), and the gradients of B and C, whose lanes are
-// summed when all tiles have added theirs.
+// A thread's scratch, in vectors of channels but for keys and queries.
 template <typename IO>
 struct Memory {
     using T = typename IO::Compute;
-    T *rates, *grads, *grad_a, *decays, *states, *grad_b, *grad_c;
+    T *rates, *grads, *grad_a;                        // [tile][padded]: grads is of the state, from the right
+    T *inputs, *dt, *grad_y, *grad_inputs, *grad_dt;  // [tile][kChunk]
+    T *decays, *states, *grad_b, *grad_c;             // [kChunk][kBlock], states one more: before the chunk
+    T *keys, *queries;                                // [kChunk][padded] scalars: B and C
 
-    Memory(const Params& p, T* scratch) {
-        const int64_t part = p.d_state * kPart, token = p.d_state * kLanes<IO>;
+    Memory(const Task<IO>& task, T* scratch) {
+        const int64_t part = task.padded * kPart, row = kChunk * kPart, block = kChunk * kBlock * kLanes<IO>;
         rates = scratch, grads = rates + part, grad_a = grads + part;
-        decays = grad_a + part, states = decays + kChunk * token;
-        grad_b = states + (kChunk + 1) * token, grad_c = grad_b + kChunk * token;
+        inputs = grad_a + part, dt = inputs + row, grad_y = dt + row, grad_inputs = grad_y + row;
+        grad_dt = grad_inputs + row, decays = grad_dt + row, states = decays + block;
+        grad_b = states + block + kBlock * kLanes<IO>, grad_c = grad_b + block;
+        keys = grad_c + block, queries = keys + kChunk * task.padded;
     }
 };
 
@@ -27,117 +30,191 @@ struct Backward {
     const Task<IO>& task;
     const Params& p;
     const Memory<IO> m;
-    const int64_t token;  // elements of a token's vectors, or a tile's
 
-    Backward(const Task<IO>& task_, T* scratch)
-        : task(task_), p(task_.p), m(task_.p, scratch), token(task_.p.d_state * lanes) {}
+    Backward(const Task<IO>& task_, T* scratch) : task(task_), p(task_.p), m(task_, scratch) {}
 
     static Vec in(const T* from) { return copy_in<Vec>(from, lanes); }
-    const T* b(int64_t t) const { return static_cast<const T*>(p.b) + task.key_at(t); }
-    const T* c(int64_t t) const { return static_cast<const T*>(p.c) + task.key_at(t); }
-    Vec channels(const void* values, int64_t t, int64_t tile) const {
-        return copy_in<Vec>(static_cast<const T*>(values) + task.at(t, tile), task.count(tile));
-    }
+    static void out(T* to, const Vec& values) { copy_out(to, values, lanes); }
 
     void run() const {
         task.gather(m.rates, static_cast<const T*>(p.a), kRateScale<T>);
         task.gather(m.grads, task.of_row(static_cast<const T*>(p.grad_final)));
         task.gather(m.grad_a, nullptr);
+        T most[kPart];
+        task.steepest(m.rates, most);
         for (int64_t chunk = num_chunks(p) - 1; chunk >= 0; --chunk) {
             const int64_t begin = chunk * kChunk, end = least(begin + kChunk, p.length);
-            std::memset(m.grad_b, 0, 2 * kChunk * token * sizeof(T));
-            for (int64_t tile = 0; tile < task.tiles; ++tile) {
-                recompute(chunk, begin, end, tile);
-                for (int64_t t = end - 1; t >= begin; --t) {
-                    if (task.fresh(t)) step<true>(t, t - begin, tile);
-                    else step<false>(t, t - begin, tile);
-                }
-            }
-            for (int64_t t = begin; t < end; ++t) {
-                sum_lanes(static_cast<T*>(p.partial_b), t, m.grad_b + (t - begin) * token);
-                sum_lanes(static_cast<T*>(p.partial_c), t, m.grad_c + (t - begin) * token);
-            }
+            read(begin, end);
+            if (!LONGHORN && task.normal(begin, end, most)) blocks<false>(chunk, begin, end);
+            else blocks<true>(chunk, begin, end);
+            write(begin, end);
         }
         task.scatter(task.of_row(static_cast<T*>(p.grad_initial)), m.grads);
         if (!LONGHORN) task.scatter(task.of_row(static_cast<T*>(p.partial_a)), m.grad_a);
     }
 
-    // Decays and states of a chunk, from the state before it.
-    void recompute(int64_t chunk, int64_t begin, int64_t end, int64_t tile) const {
-        const T* rate = m.rates + tile * token;
-        for (int64_t n = 0; n < p.d_state; ++n) {
-            const T* saved = static_cast<const T*>(p.checkpoints) + task.checkpoint_at(chunk, n, tile);
-            copy_out(m.states + n * lanes, copy_in<Vec>(saved, task.count(tile)), lanes);
-        }
+    // Where a token of the chunk lies in arrays [tile][kChunk].
+    static int64_t row(int64_t tile, int64_t i) { return (tile * kChunk + i) * lanes; }
+
+    static Vec load(const void* values, int64_t at, int count) {
+        return copy_in<Vec>(static_cast<const T*>(values) + at, count);
+    }
+
+    void read(int64_t begin, int64_t end) const {
+        std::memset(m.grad_inputs, 0, 2 * kChunk * kPart * sizeof(T));
         for (int64_t t = begin; t < end; ++t) {
-            const Vec dt = channels(p.dt, t, tile), input = dt * channels(p.x, t, tile);
-            const bool fresh = task.fresh(t);
-            const T *key = b(t), *before = m.states + (t - begin) * token;
-            T *after = m.states + (t - begin + 1) * token, *decays = m.decays + (t - begin) * token;
-#pragma GCC unroll 4
-            for (int64_t n = 0; n < p.d_state; ++n) {
-                Vec h = input * key[n];
-                if (!fresh) {
-                    const Vec decay = decay_of<LONGHORN>(dt, in(rate + n * lanes), key[n]);
-                    copy_out(decays + n * lanes, decay, lanes);
-                    h += scaled(decay, in(before + n * lanes));
-                }
-                copy_out(after + n * lanes, h, lanes);
+            task.each_tile([&](int64_t tile, int count) {
+                const int64_t at = task.at(t, tile), to = row(tile, t - begin);
+                const Vec dt = load(p.dt, at, count);
+                out(m.inputs + to, dt * load(p.x, at, count));
+                out(m.dt + to, dt);
+                out(m.grad_y + to, load(p.grad_y, at, count));
+            });
+            task.read_key(static_cast<const T*>(p.b), t, m.keys + (t - begin) * task.padded);
+            task.read_key(static_cast<const T*>(p.c), t, m.queries + (t - begin) * task.padded);
+        }
+    }
+
+    // The gradients of x and dt, from those of the input dt x and of the exponent.
+    void write(int64_t begin, int64_t end) const {
+        const T scale = LONGHORN ? 1 : 1 / kRateScale<T>;
+        for (int64_t t = begin; t < end; ++t) {
+            task.each_tile([&](int64_t tile, int count) {
+                const int64_t at = task.at(t, tile), from = row(tile, t - begin);
+                const Vec grad = in(m.grad_inputs + from);
+                const Vec grad_dt = scale * in(m.grad_dt + from) + grad * load(p.x, at, count);
+                copy_out(static_cast<T*>(p.grad_x) + at, grad * in(m.dt + from), count);
+                copy_out(static_cast<T*>(p.grad_dt) + at, grad_dt, count);
+            });
+        }
+    }
+
+    template <bool CHECKED>
+    void blocks(int64_t chunk, int64_t begin, int64_t end) const {
+        for (int64_t n = 0; n < p.d_state; n += kBlock) {
+            std::memset(m.grad_b, 0, 2 * kChunk * kBlock * lanes * sizeof(T));
+            for (int64_t tile = 0; tile < task.tiles; ++tile) {
+                recompute<CHECKED>(chunk, begin, end, tile, n);
+                steps<CHECKED>(begin, end, tile, n);
+            }
+            for (int64_t t = begin; t < end; ++t) {
+                sum_lanes(static_cast<T*>(p.partial_b), t, n, m.grad_b + (t - begin) * kBlock * lanes);
+                sum_lanes(static_cast<T*>(p.partial_c), t, n, m.grad_c + (t - begin) * kBlock * lanes);
             }
         }
     }
 
-    // Token t of a tile, the i-th of its chunk. dt enters through the decay and the input, Longhorn's B too.
-    template <bool FRESH>
-    void step(int64_t t, int64_t i, int64_t tile) const {
-        const Vec x = channels(p.x, t, tile), dt = channels(p.dt, t, tile), grad_y = channels(p.grad_y, t, tile);
-        const Vec input = dt * x;
-        const T *key = b(t), *query = c(t), *rate = m.rates + tile * token, *decays = m.decays + i * token;
-        const T *before = m.states + i * token, *after = before + token;
-        T *grads = m.grads + tile * token, *grad_a = m.grad_a + tile * token;
-        T *grad_b = m.grad_b + i * token, *grad_c = m.grad_c + i * token;
-        Vec grad_input = {}, grad_dt = {};
-#pragma GCC unroll 4
-        for (int64_t n = 0; n < p.d_state; ++n) {
-            const int64_t v = n * lanes;
-            const Vec grad = in(grads + v) + grad_y * query[n];
-            copy_out(grad_c + v, in(grad_c + v) + grad_y * in(after + v), lanes);
-            grad_input += grad * key[n];
-            Vec by_key = grad * input, left = {};
+    // Decays and states of a chunk, from the state before it.
+    template <bool CHECKED>
+    void recompute(int64_t chunk, int64_t begin, int64_t end, int64_t tile, int64_t first) const {
+        Vec h[kBlock], rate[kBlock];
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlock; ++j) {
+            rate[j] = in(m.rates + (tile * task.padded + first + j) * lanes);
+            h[j] = Vec{};
+            if (first + j < p.d_state) {
+                const T* saved = static_cast<const T*>(p.checkpoints) + task.checkpoint_at(chunk, first + j, tile);
+                h[j] = copy_in<Vec>(saved, task.count(tile));
+            }
+            out(m.states + j * lanes, h[j]);
+        }
+        const T *dts = m.dt + row(tile, 0), *inputs = m.inputs + row(tile, 0), *key = m.keys + first;
+        T *after = m.states + kBlock * lanes, *decays = m.decays;
+        for (int64_t t = begin; t < end; ++t) {
+            const Vec dt = in(dts), input = in(inputs);
+            if (task.fresh(t)) {
+#pragma GCC unroll 8
+                for (int j = 0; j < kBlock; ++j) h[j] = input * key[j];
+            } else {
+#pragma GCC unroll 8
+                for (int j = 0; j < kBlock; ++j) {
+                    const Vec decay = decay_of<LONGHORN, CHECKED>(dt, rate[j], key[j]);
+                    h[j] = input * key[j] + decay * kept<CHECKED>(decay, h[j]);
+                    out(decays + j * lanes, decay);
+                }
+            }
+#pragma GCC unroll 8
+            for (int j = 0; j < kBlock; ++j) out(after + j * lanes, h[j]);
+            dts += lanes, inputs += lanes, key += task.padded, after += kBlock * lanes, decays += kBlock * lanes;
+        }
+    }
+
+    // What is carried from token to token, to the left.
+    struct Carried {
+        Vec grads[kBlock], grad_a[kBlock], rates[kBlock], after[kBlock];
+    };
+
+    // dt enters through the decay and the input, Longhorn's B too.
+    template <bool CHECKED>
+    void steps(int64_t begin, int64_t end, int64_t tile, int64_t first) const {
+        Carried carried;
+        const int64_t of_tile = (tile * task.padded + first) * lanes;
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlock; ++j) {
+            carried.grads[j] = in(m.grads + of_tile + j * lanes);
+            carried.grad_a[j] = in(m.grad_a + of_tile + j * lanes);
+            carried.rates[j] = in(m.rates + of_tile + j * lanes);
+            carried.after[j] = in(m.states + ((end - begin) * kBlock + j) * lanes);
+        }
+        for (int64_t t = end - 1; t >= begin; --t) {
+            if (task.fresh(t)) step<CHECKED, true>(carried, t - begin, tile, first);
+            else step<CHECKED, false>(carried, t - begin, tile, first);
+        }
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlock; ++j) {
+            out(m.grads + of_tile + j * lanes, carried.grads[j]);
+            out(m.grad_a + of_tile + j * lanes, carried.grad_a[j]);
+        }
+    }
+
+    template <bool CHECKED, bool FRESH>
+    __attribute__((always_inline)) void step(Carried& carried, int64_t i, int64_t tile, int64_t first) const {
+        const int64_t at = row(tile, i);
+        const Vec dt = in(m.dt + at), input = in(m.inputs + at), grad_y = in(m.grad_y + at);
+        const T *key = m.keys + i * task.padded + first, *query = m.queries + i * task.padded + first;
+        const T *before = m.states + i * kBlock * lanes, *decays = m.decays + i * kBlock * lanes;
+        T *grad_b = m.grad_b + i * kBlock * lanes, *grad_c = m.grad_c + i * kBlock * lanes;
+        Vec grad_input = in(m.grad_inputs + at), grad_dt = in(m.grad_dt + at);
+#pragma GCC unroll 8
+        for (int j = 0; j < kBlock; ++j) {
+            const int64_t v = j * lanes;
+            const Vec grad = carried.grads[j] + grad_y * query[j];
+            out(grad_c + v, in(grad_c + v) + grad_y * carried.after[j]);
+            grad_input += grad * key[j];
+            Vec by_key = in(grad_b + v) + grad * input, left = {};
+            const Vec state = in(before + v);
             if constexpr (!FRESH) {
                 const Vec decay = in(decays + v);
-                left = scaled(decay, grad);
+                left = decay * kept<CHECKED>(decay, grad);
                 if constexpr (LONGHORN) {
-                    const Vec by_square = grad * in(before + v) * key[n];  // of -dt key^2, over key
-                    grad_dt -= by_square * key[n];
+                    const Vec by_square = grad * state * key[j];  // of -dt key^2, over key
+                    grad_dt -= by_square * key[j];
                     by_key -= 2 * by_square * dt;
                 } else {
-                    const Vec product = left * in(before + v);
-                    const Vec by_exponent = decay == 0 ? Vec{} : product;
-                    grad_dt += by_exponent * in(rate + v);
-                    copy_out(grad_a + v, in(grad_a + v) + by_exponent * dt, lanes);
+                    const Vec by_exponent = left * kept<CHECKED>(decay, state);
+                    grad_dt += by_exponent * carried.rates[j];
+                    carried.grad_a[j] += by_exponent * dt;
                 }
             }
-            copy_out(grad_b + v, in(grad_b + v) + by_key, lanes);
-            copy_out(grads + v, left, lanes);
+            out(grad_b + v, by_key);
+            carried.after[j] = state;
+            carried.grads[j] = left;
         }
-        const int64_t at = task.at(t, tile);
-        copy_out(static_cast<T*>(p.grad_x) + at, grad_input * dt, task.count(tile));
-        if constexpr (!LONGHORN) grad_dt /= kRateScale<T>;
-        copy_out(static_cast<T*>(p.grad_dt) + at, grad_dt + grad_input * x, task.count(tile));
+        out(m.grad_inputs + at, grad_input);
+        out(m.grad_dt + at, grad_dt);
     }
 
-    // The sum over lanes of a token's vectors, to its place in the part's partial gradient.
-    void sum_lanes(T* partial, int64_t t, const T* vectors) const {
-        T* to = partial + task.part * p.batch * p.length * p.groups * p.d_state + task.key_at(t);
-        for (int64_t n = 0; n < p.d_state; ++n) {
+    // The sums over lanes of a token's block of vectors, to their place in the part's partial gradient.
+    void sum_lanes(T* partial, int64_t t, int64_t first, const T* vectors) const {
+        T* to = partial + task.part * p.batch * p.length * p.groups * p.d_state + task.key_at(t) + first;
+        for (int64_t j = 0; j < least(kBlock, p.d_state - first); ++j) {
             T sums[lanes];
-            std::memcpy(sums, vectors + n * lanes, sizeof(sums));
+            std::memcpy(sums, vectors + j * lanes, sizeof(sums));
 #pragma GCC unroll 4
             for (int half = lanes / 2; half > 0; half /= 2) {
                 for (int lane = 0; lane < half; ++lane) sums[lane] += sums[lane + half];
             }
-            to[n] = sums[0];
+            to[j] = sums[0];
         }
     }
 };

@@ -2,11 +2,12 @@
 
 namespace {
 
-// Tokens by which x and dt are asked for early: they lie further apart than the hardware looks.
-constexpr int64_t kAhead = 12;
+// Tokens by which x, dt and y are asked for early: they lie further apart than the hardware looks.
+constexpr int64_t kAhead = 16;
 
 // A token of a tile; FRESH: it sees no state.
-template <typename IO, bool LONGHORN, bool FRESH, typename T = typename IO::Compute, typename Vec = typename IO::Vec>
+template <typename IO, bool LONGHORN, bool CHECKED, bool FRESH, typename T = typename IO::Compute,
+          typename Vec = typename IO::Vec>
 inline Vec token(Vec x, Vec dt, const T* rate, const T* b, const T* c, T* state, int64_t d_state) {
     constexpr int lanes = kLanes<IO>;
     const Vec input = dt * x;
@@ -15,8 +16,8 @@ inline Vec token(Vec x, Vec dt, const T* rate, const T* b, const T* c, T* state,
     for (int64_t n = 0; n < d_state; ++n) {
         Vec h = input * b[n];
         if constexpr (!FRESH) {
-            const Vec decay = decay_of<LONGHORN>(dt, copy_in<Vec>(rate + n * lanes, lanes), b[n]);
-            h += scaled(decay, copy_in<Vec>(state + n * lanes, lanes));
+            const Vec decay = decay_of<LONGHORN, CHECKED>(dt, copy_in<Vec>(rate + n * lanes, lanes), b[n]);
+            h += decay * kept<CHECKED>(decay, copy_in<Vec>(state + n * lanes, lanes));
         }
         copy_out(state + n * lanes, h, lanes);
         y += h * c[n];
@@ -25,52 +26,80 @@ inline Vec token(Vec x, Vec dt, const T* rate, const T* b, const T* c, T* state,
 }
 
 template <typename IO, bool LONGHORN, typename T = typename IO::Compute>
-void run(const Task<IO>& task, T* scratch) {
+struct Forward {
     using Vec = typename IO::Vec;
-    constexpr int lanes = kLanes<IO>;
-    const Params& p = task.p;
-    const int64_t stride = p.d_state * lanes;
-    const T *x = static_cast<const T*>(p.x), *dt = static_cast<const T*>(p.dt);
-    const T *b = static_cast<const T*>(p.b), *c = static_cast<const T*>(p.c);
-    T *y = static_cast<T*>(p.y), *checkpoints = static_cast<T*>(p.checkpoints);
-    T *states = scratch, *rates = scratch + p.d_state * kPart;
-    task.gather(rates, static_cast<const T*>(p.a), kRateScale<T>);
-    task.gather(states, task.of_row(static_cast<const T*>(p.initial_state)));
-    // a chunk at a time, so that its B and C stay in the cache for all tiles
-    for (int64_t chunk = 0; chunk < num_chunks(p); ++chunk) {
-        const int64_t end = least((chunk + 1) * kChunk, p.length);
+    static constexpr int lanes = kLanes<IO>;
+
+    const Task<IO>& task;
+    const Params& p;
+    const int64_t stride;  // elements of a tile's vectors
+    T *states, *rates;
+
+    Forward(const Task<IO>& task_, T* scratch)
+        : task(task_),
+          p(task_.p),
+          stride(task_.padded * lanes),
+          states(scratch),
+          rates(scratch + task_.padded * kPart) {}
+
+    void run() const {
+        task.gather(rates, static_cast<const T*>(p.a), kRateScale<T>);
+        task.gather(states, task.of_row(static_cast<const T*>(p.initial_state)));
+        T most[kPart];
+        task.steepest(rates, most);
+        for (int64_t chunk = 0; chunk < num_chunks(p); ++chunk) {
+            const int64_t begin = chunk * kChunk, end = least(begin + kChunk, p.length);
+            save(chunk);
+            if (!LONGHORN && task.normal(begin, end, most)) tokens<false>(begin, end);
+            else tokens<true>(begin, end);
+        }
+        task.scatter(task.of_row(static_cast<T*>(p.final_state)), states);
+    }
+
+    void save(int64_t chunk) const {
         for (int64_t tile = 0; tile < task.tiles; ++tile) {
-            T *state = states + tile * stride, *rate = rates + tile * stride;
-            const int count = task.count(tile);
             for (int64_t n = 0; n < p.d_state; ++n) {
-                const Vec h = copy_in<Vec>(state + n * lanes, lanes);
-                copy_out(checkpoints + task.checkpoint_at(chunk, n, tile), h, count);
-            }
-            for (int64_t t = chunk * kChunk; t < end; ++t) {
-                const int64_t at = task.at(t, tile);
-                const T *key = b + task.key_at(t), *query = c + task.key_at(t);
-                if (t + kAhead < end) {
-                    __builtin_prefetch(x + at + kAhead * p.channels, 0, 2);
-                    __builtin_prefetch(dt + at + kAhead * p.channels, 0, 2);
-                }
-                const Vec value = copy_in<Vec>(x + at, count), delta = copy_in<Vec>(dt + at, count);
-                const Vec out = task.fresh(t)
-                                    ? token<IO, LONGHORN, true>(value, delta, rate, key, query, state, p.d_state)
-                                    : token<IO, LONGHORN, false>(value, delta, rate, key, query, state, p.d_state);
-                copy_out(y + at, out, count);
+                const Vec h = copy_in<Vec>(states + tile * stride + n * lanes, lanes);
+                copy_out(static_cast<T*>(p.checkpoints) + task.checkpoint_at(chunk, n, tile), h, task.count(tile));
             }
         }
     }
-    task.scatter(task.of_row(static_cast<T*>(p.final_state)), states);
-}
+
+    template <bool CHECKED>
+    void tokens(int64_t begin, int64_t end) const {
+        for (int64_t t = begin; t < end; ++t) {
+            if (task.fresh(t)) all_tiles<CHECKED, true>(t);
+            else all_tiles<CHECKED, false>(t);
+        }
+    }
+
+    template <bool CHECKED, bool FRESH>
+    void all_tiles(int64_t t) const {
+        const T *b = static_cast<const T*>(p.b) + task.key_at(t), *c = static_cast<const T*>(p.c) + task.key_at(t);
+        task.each_tile([&](int64_t tile, int count) {
+            const int64_t at = task.at(t, tile);
+            const Vec x = copy_in<Vec>(static_cast<const T*>(p.x) + at, count);
+            const Vec dt = copy_in<Vec>(static_cast<const T*>(p.dt) + at, count);
+            if (t + kAhead < p.length) {
+                __builtin_prefetch(static_cast<const T*>(p.x) + at + kAhead * p.channels, 0, 2);
+                __builtin_prefetch(static_cast<const T*>(p.dt) + at + kAhead * p.channels, 0, 2);
+                __builtin_prefetch(static_cast<const T*>(p.y) + at + kAhead * p.channels, 1, 2);
+            }
+            T* state = states + tile * stride;
+            const T* rate = rates + tile * stride;
+            const Vec y = token<IO, LONGHORN, CHECKED, FRESH>(x, dt, rate, b, c, state, p.d_state);
+            copy_out(static_cast<T*>(p.y) + at, y, count);
+        });
+    }
+};
 
 template <typename IO>
 void forward(const Params& p, int64_t from, int64_t to, void* scratch) {
     auto* memory = static_cast<typename IO::Compute*>(scratch);
     for (int64_t index = from; index < to; ++index) {
         const Task<IO> task(p, index);
-        if (p.a) run<IO, false>(task, memory);
-        else run<IO, true>(task, memory);
+        if (p.a) Forward<IO, false>(task, memory).run();
+        else Forward<IO, true>(task, memory).run();
     }
 }
 
