@@ -64,8 +64,8 @@ lint: install ## ruff and mypy
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-bench: install ## every benchmark; each prints its own table
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+bench: bench-ops ## bench-ops, and whole training steps against transformers
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/train_cpu.py
 
 bench-ops: install ## every op against plain torch and transformers, about six minutes; writes benchmarks/results/ops.json
 	@$(BIN)/python benchmarks/ops.py $(ARGS)
