@@ -95,5 +95,6 @@ def owner(key: str) -> str | None:
 def branch_kinds() -> dict[str, type]:
     """Settings class of every branch kind; imports the model room, whose modules register themselves."""
     for module in pkgutil.walk_packages(lmtrain.model.__path__, "lmtrain.model."):
-        importlib.import_module(module.name)
+        if not module.name.endswith("__main__"):  # a program, which imports the hub
+            importlib.import_module(module.name)
     return {kind: branch.Config for kind, branch in sorted(BRANCHES.items())}

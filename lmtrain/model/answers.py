@@ -31,6 +31,10 @@ class Answers:
         cost = self.scan_cost(d_model, seq_len)
         return 2 * weights + (cost.executed_flops if executed else cost.model_flops) // max(seq_len, 1)
 
+    def kept_values(self, d_model: int) -> int | None:
+        """Values kept per token for the backward pass; None: as its projections let expect (``lmtrain.plan``)."""
+        return None
+
     def state_bytes(self, d_model: int, batch: int, seq_len: int) -> int:
         return 4 * batch * sum(math.prod(shape) for shape in _built(self, d_model).state_shapes().values())
 

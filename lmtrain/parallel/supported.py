@@ -138,7 +138,7 @@ COMBINATIONS: tuple[Combination, ...] = (
         "mesh.sp with a serial branch (lstm)", "no", "its state is not affine: spans do not compose", _whole_rows
     ),
     Combination(
-        "mesh.sp with a convolution (mamba2)",
+        "mesh.sp with a short convolution",
         "where a shard has at least conv_width - 1 columns",
         "data.seq_len / sp >= conv_width - 1",
         _long_shards,

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+NAMES = {"name": "branch", "kind": "kind"}
+"""Keys of a row that name it, and the titles above them."""
+
 
 def text(summary: dict[str, Any]) -> str:
     """What ``dry_run=true`` prints."""
-    lines = [f"{'branch':<12}{'kind':<14}{'count':>6}{'parameters':>14}{'FLOPs/token':>14}{'state':>12}"]
-    for row in summary["branches"]:
+    rows = summary["branches"]
+    name, kind = (2 + max([len(title), *(len(row[key]) for row in rows)]) for key, title in NAMES.items())
+    lines = [f"{'branch':<{name}}{'kind':<{kind}}{'count':>6}{'parameters':>14}{'FLOPs/token':>14}{'state':>12}"]
+    for row in rows:
         state = size(row["state_bytes"])
         lines.append(
-            f"{row['name']:<12}{row['kind']:<14}{row['count']:>6}{count(row['num_params']):>14}"
+            f"{row['name']:<{name}}{row['kind']:<{kind}}{row['count']:>6}{count(row['num_params']):>14}"
             f"{count(row['flops_per_token']):>14}{state:>12}"
         )
     lines.append("")

@@ -8,12 +8,19 @@ import torch
 
 from lmtrain.data.tokenizer import Tokenizer, train_bpe
 from lmtrain.hub.export import perturb
+from lmtrain.model.block import Multipliers
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
+from lmtrain.model.ffn.rwkv_channel import RWKVChannelConfig
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.gated_deltanet import GatedDeltaNetConfig
+from lmtrain.model.mixers.kda import KDAConfig
+from lmtrain.model.mixers.mamba import MambaConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
+from lmtrain.model.mixers.mla import MLAConfig
+from lmtrain.model.mixers.rwkv4 import RWKV4Config
 
 VOCAB = 384
 EXPERTS = {"num_experts": 6, "top_k": 2, "d_expert": 24, "activation": "relu2", "router": "sigmoid"}
@@ -22,18 +29,58 @@ BRANCHES = {
     "local": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, window=20),
     "normed": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, qk_norm=True, rope_theta=5e4),
     "normed_local": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, qk_norm=True, rope_theta=5e4, window=20),
+    "wide_normed": AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, window=40),
+    "all_normed": AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, qk_norm_over="all", rope_theta=5e4),
     "nope": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=24, rope=False),
     "mlp": MLPConfig(d_ff=80),
     "relu2": MLPConfig(d_ff=80, activation="relu2"),
+    "mamba": MambaConfig(d_state=8, dt_rank=6),
+    "time": RWKV4Config(),
+    "channel": RWKVChannelConfig(d_ff=80, version="4"),
     "ssm": Mamba2Config(d_state=8, head_dim=16, num_groups=2, chunk=16),
     "moe": MoEConfig(**EXPERTS, num_shared=2, d_shared=20, balance="bias", scale=1.5),
+    "soft": MoEConfig(num_experts=6, top_k=2, d_expert=24, balance="none"),
+    "soft_bare": MoEConfig(num_experts=6, top_k=2, d_expert=24, normalise_weights=False, balance="none"),
     "bare": MoEConfig(**EXPERTS, balance="aux", normalise_weights=False),
+    "delta": GatedDeltaNetConfig(num_heads=2, num_value_heads=4, head_dim=8, value_dim=12, norm_eps=1e-6),
+    "gated": AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=16, qk_norm=True, output_gate=True, rope_fraction=0.25, rope_theta=5e4
+    ),
+    "latent": MLAConfig(4, kv_rank=24, q_rank=20, nope_dim=12, rope_dim=8, value_dim=10, rope_theta=5e4),
+    "plain_latent": MLAConfig(4, kv_rank=24, nope_dim=12, rope_dim=8, value_dim=10),
+    "nope_latent": MLAConfig(4, kv_rank=24, nope_dim=12, rope_dim=8, value_dim=10, rope=False),
+    "grouped": MoEConfig(
+        8, 3, 24, num_shared=2, router="sigmoid", balance="bias", scale=2.5, num_groups=4, top_groups=2
+    ),
+    "sigmoid_moe": MoEConfig(6, 2, 24, num_shared=1, router="sigmoid", balance="aux", normalise_weights=False),
+    "kda": KDAConfig(num_heads=3, head_dim=12),
+    "sinks": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, sinks=True, bias="all", rope_theta=5e4),
+    "sinks_local": AttentionConfig(
+        num_heads=4, num_kv_heads=2, head_dim=16, sinks=True, bias="all", rope_theta=5e4, window=20
+    ),
+    "oss_moe": MoEConfig(6, 2, 24, bias=True, activation="swiglu_clamped", balance="aux"),
+    "even_nope": AttentionConfig(num_heads=4, num_kv_heads=2, rope=False),
+    "shared_moe": MoEConfig(6, 2, 24, num_shared=2, d_shared=20, balance="none"),
+    "gated_moe": MoEConfig(6, 2, 24, num_shared=2, d_shared=20, shared_gate=True, balance="aux"),
 }
+SCALES = {"embedding_scale": 3.0, "logit_scale": 0.7}
+AROUND = {
+    "ssm": Multipliers(input=1.3, output=0.6),
+    "attn": Multipliers(input=0.7, output=1.4),
+    "mlp": Multipliers(output=0.8),
+}
+RESIDUAL = {name: Multipliers(output=0.6) for name in ("ssm", "even_nope", "shared_moe")}
 MODELS = {
     "Llama": ("2 * (attn mlp)", {}),
     "Llama tied": ("2 * (attn mlp)", {"tie_embeddings": True}),
     "Mistral": ("2 * (local mlp)", {}),
     "Qwen3": ("normed mlp normed_local mlp", {"norm_eps": 1e-6}),
+    "Olmo2": ("2 * (all_normed mlp)", {"norm_eps": 1e-6, "norm_place": "post"}),
+    "Mixtral": ("2 * (attn soft)", {}),
+    "Qwen3Moe": ("wide_normed mlp 2 * (wide_normed soft_bare)", {"norm_eps": 1e-6}),
+    "Qwen3Moe tied": ("2 * (wide_normed soft)", {"norm_eps": 1e-6, "tie_embeddings": True}),
+    "Mamba": ("2 * mamba", {}),
+    "Mamba tied": ("2 * mamba", {"tie_embeddings": True}),
     "Mamba2": ("3 * ssm", {}),
     "Mamba2 tied": ("2 * ssm", {"tie_embeddings": True}),
     "NemotronH": ("ssm relu2 nope relu2 ssm", {}),
@@ -41,6 +88,18 @@ MODELS = {
     "NemotronH without attention": ("ssm relu2 ssm", {}),
     "NemotronH moe": ("ssm moe nope moe", {}),
     "NemotronH bare moe": ("ssm bare nope relu2", {"tie_embeddings": True}),
+    "Qwen3Next": ("delta gated_moe gated gated_moe delta mlp", {"norm_eps": 1e-6}),
+    "Qwen3Next tied without attention": ("2 * (delta mlp)", {"norm_eps": 1e-6, "tie_embeddings": True}),
+    "DeepseekV3": ("latent mlp 2 * (latent grouped)", {}),
+    "DeepseekV3 tied": ("2 * (plain_latent sigmoid_moe)", {"tie_embeddings": True}),
+    "GptOss": ("sinks_local oss_moe sinks oss_moe", {}),
+    "KimiLinear": ("kda mlp kda grouped nope_latent grouped", {}),
+    "KimiLinear tied without attention": ("2 * (kda sigmoid_moe)", {"tie_embeddings": True}),
+    "FalconH1": ("ssm + attn mlp attn + ssm mlp", {**SCALES, "multipliers": AROUND}),
+    "FalconH1 tied": ("2 * (ssm + attn mlp)", {"tie_embeddings": True}),
+    "GraniteMoeHybrid": ("ssm shared_moe even_nope shared_moe ssm shared_moe", {**SCALES, "multipliers": RESIDUAL}),
+    "GraniteMoeHybrid tied": ("attn mlp ssm mlp", {"tie_embeddings": True}),
+    "GraniteMoeHybrid without attention": ("2 * (ssm mlp)", {}),
 }
 """Pattern and settings of the model; the first word is the class it must go to."""
 
@@ -62,6 +121,8 @@ def build(cfg: ModelConfig) -> LanguageModel:
     for name, parameter in model.named_parameters():
         if name.endswith("router.weight"):
             parameter.mul_(10)  # else the bias alone chooses, and some experts are never used
+        if name.endswith("mix.weight"):
+            parameter.mul_(2**22).round_().div_(2**22)  # 1 - share is on disk: exact both ways for these
     return model
 
 

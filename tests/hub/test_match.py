@@ -16,7 +16,7 @@ from tests.hub.models import BRANCHES, MODELS, VOCAB, config
 
 NEAR_MISSES: list[tuple[str, str, dict[str, Any], dict[str, dict[str, Any]], str, str]] = [
     ("RoPE", "ssm relu2 nope", {}, {"nope": {"rope": True}}, "NemotronH", "attention.rope is true"),
-    ("no RoPE", "attn mlp", {}, {"attn": {"rope": False}}, "Llama", "attention.rope is false"),
+    ("no RoPE", "attn mlp", {}, {"attn": {"rope": False, "head_dim": 12}}, "Llama", "attention.rope is false"),
     ("window", "ssm relu2 nope", {}, {"nope": {"window": 16}}, "NemotronH", "attention.window is 16"),
     ("SwiGLU", "ssm mlp nope", {}, {}, "NemotronH", "mlp.activation is swiglu, it has relu2"),
     ("GELU", "attn mlp", {}, {"mlp": {"activation": "gelu"}}, "Llama", "mlp.activation is gelu, it has swiglu"),
@@ -43,7 +43,7 @@ NEAR_MISSES: list[tuple[str, str, dict[str, Any], dict[str, dict[str, Any]], str
     ("mixed window", "attn mlp local mlp", {}, {}, "Mistral", "attention.window differs between layers (None, 20)"),
     ("no ffn", "2 * attn", {}, {}, "Llama", "the order is not (attention mlp) repeated"),
     ("two mlps", "attn mlp mlp attn", {}, {}, "Llama", "the order is not (attention mlp) repeated"),
-    ("hybrid", "attn mlp ssm mlp", {}, {}, "Mistral", "no mamba2"),
+    ("hybrid", "local mlp ssm mlp", {}, {}, "Mistral", "no mamba2"),
     (
         "widths",
         "ssm relu2 wide",
@@ -106,7 +106,8 @@ def test_what_the_tables_know_exists() -> None:
 def test_branches_side_by_side_refuse_every_class() -> None:
     reasons = match(_config("attn + mlp", {}, {}))
     assert isinstance(reasons, dict)
-    assert all("attn + mlp stand side by side" in why for why in reasons.values())
+    others = {each.name for each in CLASSES if not each.side_by_side}
+    assert all("attn + mlp stand side by side" in reasons[name] for name in others)
 
 
 def test_a_setting_no_table_knows_refuses_every_class() -> None:

@@ -40,6 +40,7 @@ from lmtrain.model.mixers.lstm import LSTMConfig
 from lmtrain.model.mixers.mamba import MambaConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.model.mixers.mla import MLAConfig
+from lmtrain.model.mixers.mom_settings import MoMConfig
 from lmtrain.model.mixers.retnet import RetNetConfig
 from lmtrain.model.mixers.rg_lru import RGLRUConfig
 from lmtrain.model.mixers.rwkv4 import RWKV4Config
@@ -88,6 +89,11 @@ BRANCHES: dict[str, Any] = {
     "deltanet": DeltaNetConfig(num_heads=2, head_dim=3, conv_width=2, negative_eigenvalues=True),
     "gated_deltanet": GatedDeltaNetConfig(num_heads=2, num_value_heads=4, head_dim=3, value_dim=5),
     "kda": KDAConfig(num_heads=2, head_dim=3, conv_width=3),
+    # without the balancing loss, as moe below
+    "mom": MoMConfig(num_memories=3, num_heads=2, head_dim=3, value_dim=5, conv_width=3, aux_weight=0.0),
+    "mom_alone": MoMConfig(
+        num_memories=2, top_k=1, shared_memory=False, num_heads=2, head_dim=4, value_dim=2, conv_width=2, aux_weight=0.0
+    ),
     "rwkv4": RWKV4Config(),
     "rwkv6": RWKV6Config(head_dim=4, mix_rank=3, decay_rank=2),
     "rwkv7": RWKV7Config(head_dim=4, decay_rank=2, rate_rank=3, value_rank=2, gate_rank=3),

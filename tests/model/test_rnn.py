@@ -17,7 +17,8 @@ from lmtrain.model.branch import Place
 from lmtrain.model.context import LocalContext
 from lmtrain.model.mixers.lrnn import LRNNConfig
 from lmtrain.model.mixers.lstm import LSTMConfig
-from lmtrain.model.mixers.rg_lru import STEEPEST, BoundedRoot, RGLRUConfig
+from lmtrain.model.mixers.rg_lru import RGLRUConfig
+from lmtrain.model.mixers.rg_lru_gates import STEEPEST, BoundedRoot
 from lmtrain.ops.documents import Documents
 from tests.model.parity import (
     LENGTH,
@@ -45,7 +46,7 @@ def test_rg_lru_is_the_one_of_recurrent_gemma() -> None:
     peer.linear_out.bias = None
 
     def packed(p: Named) -> Named:
-        gates = {"recurrent": "recurrent_gate", "input": "input_gate"}
+        gates = {"recurrent": "rg_lru.recurrent_gate", "input": "rg_lru.input_gate"}
         return {
             "linear_x.weight": p["x.weight"],
             "linear_x.bias": p["x.bias"],
@@ -54,9 +55,9 @@ def test_rg_lru_is_the_one_of_recurrent_gemma() -> None:
             "linear_out.weight": p["o.weight"],
             "conv_1d.weight": p["conv.weight"][:, None],
             "conv_1d.bias": p["conv.bias"],
-            "rg_lru.recurrent_param": p["gates.Lambda"],
-            **{f"rg_lru.{name}_weight": p[f"{name}.weight"] for name in gates.values()},
-            **{f"rg_lru.{name}_bias": p[f"gates.{short}_bias"].view(heads, -1) for short, name in gates.items()},
+            "rg_lru.recurrent_param": p["gates.exact.Lambda"],
+            **{f"{theirs}_weight": p[f"gates.{ours}.weight"] for ours, theirs in gates.items()},
+            **{f"{theirs}_bias": p[f"gates.exact.{ours}_bias"].view(heads, -1) for ours, theirs in gates.items()},
         }
 
     def run(x: Tensor) -> Tensor:
@@ -146,13 +147,13 @@ def test_initial_values_of_rg_lru() -> None:
         "x.weight": 1 / 8,
         "gate.weight": 1 / 8,
         "conv.weight": 0.05,
-        "recurrent_gate.weight": 1 / 4,
-        "input_gate.weight": 1 / 4,
+        "gates.recurrent.weight": 1 / 4,
+        "gates.input.weight": 1 / 4,
         "o.weight": math.sqrt(2 / 9 / d_model),
     }
     for name, std in stds.items():
         assert_normal(drawn.pop(name), std)
-    square = (-2 * F.softplus(drawn.pop("gates.Lambda"))).exp()
+    square = (-2 * F.softplus(drawn.pop("gates.exact.Lambda"))).exp()
     low, high = 0.9**2, 0.999**2
     assert_uniform(square - (low + high) / 2, (high - low) / 2)
     assert len(drawn) == 5 and all((value == 0).all() for value in drawn.values())  # biases

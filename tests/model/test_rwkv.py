@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import RwkvConfig
 from transformers.models.rwkv.modeling_rwkv import RwkvFeedForward, RwkvSelfAttention
 
@@ -36,35 +36,34 @@ FIRST, LATER = Place(0, 4, 0, 2), Place(2, 4, 1, 2)
 RWKV7 = RWKV7Config(head_dim=8, decay_rank=4, rate_rank=5, value_rank=3, gate_rank=6)
 
 
+THEIRS = {"k": "key", "v": "value", "r": "receptance", "o": "output"}
+
+
+def assert_same_as_peer(branch: Branch, peer: nn.Module, mixes: str, matrices: str, others: dict[str, str]) -> None:
+    """As ``parity.assert_peer``; our mix is the share of the previous token, theirs of the current one."""
+    renamed = {f"{name}.weight": f"{THEIRS[name]}.weight" for name in matrices} | others
+
+    def mixed(values: Tensor) -> Named:
+        return {f"time_mix_{THEIRS[name]}": value.view(1, 1, -1) for name, value in zip(mixes, values, strict=True)}
+
+    weights = {theirs: branch.get_parameter(ours) for ours, theirs in renamed.items()}
+    peer.load_state_dict(weights | mixed(1 - branch.get_parameter("mix.weight")))
+    told = results(branch, lambda x: forward(branch, x), D_MODEL, torch.float32)
+    got = {theirs: told[ours] for ours, theirs in renamed.items()} | mixed(-told["mix.weight"])
+    expected = results(peer, lambda x: peer(x)[0], D_MODEL, torch.float32)
+    assert_same(got | {name: told[name] for name in ("y", "x")}, expected, 1e-4)
+
+
 def test_rwkv4_is_the_one_of_transformers() -> None:
     peer = RwkvSelfAttention(RwkvConfig(hidden_size=D_MODEL, num_hidden_layers=2))
-    names = {"k": "key", "v": "value", "r": "receptance", "o": "output"}
-    renamed = {"decay.time_decay": "time_decay", "decay.time_first": "time_first"}
-    renamed |= {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
-    assert_same_as_peer(perturbed(RWKV4Config(), D_MODEL, torch.float32), peer, renamed, "kvr")
+    others = {f"decay.{name}": name for name in ("time_decay", "time_first")}
+    assert_same_as_peer(perturbed(RWKV4Config(), D_MODEL, torch.float32), peer, "kvr", "kvro", others)
 
 
 def test_channel_mixing_4_is_the_one_of_transformers() -> None:
     peer = RwkvFeedForward(RwkvConfig(hidden_size=D_MODEL, num_hidden_layers=2, intermediate_size=40))
-    names = {"k": "key", "v": "value", "r": "receptance"}
     branch = perturbed(RWKVChannelConfig(40, version="4"), D_MODEL, torch.float32)
-    renamed = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
-    assert_same_as_peer(branch, peer, renamed, "kr")
-
-
-def assert_same_as_peer(branch: Branch, peer: torch.nn.Module, renamed: dict[str, str], mixes: str) -> None:
-    """As ``parity.assert_peer``; our mix is the share of the previous token, theirs of the current one."""
-    theirs = [f"time_mix_{ {'k': 'key', 'v': 'value', 'r': 'receptance'}[mix] }" for mix in mixes]
-
-    def mixed(values: Tensor) -> Named:
-        return {name: value.view(1, 1, -1) for name, value in zip(theirs, values, strict=True)}
-
-    weights = {name: branch.get_parameter(ours) for ours, name in renamed.items()}
-    peer.load_state_dict(weights | mixed(1 - branch.get_parameter("mix.weight")))
-    told = results(branch, lambda x: forward(branch, x), D_MODEL, torch.float32)
-    got = {name: told[ours] for ours, name in renamed.items()} | mixed(-told["mix.weight"])
-    got |= {"y": told["y"], "x": told["x"]}
-    assert_same(got, results(peer, lambda x: peer(x)[0], D_MODEL, torch.float32), 1e-4)
+    assert_same_as_peer(branch, peer, "kr", "kvr", {})
 
 
 def shifted(x: Tensor) -> Tensor:
