@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmtrain.model.balance import balance_loss
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
 from lmtrain.model.ffn.mlp import GATED, MLP, activate
@@ -85,7 +86,8 @@ class MoE(Branch):
         one_hot = F.one_hot(chosen, self.cfg.num_experts).sum(dim=1).unflatten(0, x.shape[:2])  # int64 [B, T, E]
         ctx.note((self.place.index, "load"), one_hot.sum(dim=(0, 1)))
         if self.cfg.balance == "aux":
-            x = ctx.add_loss((self.place.index, "balance"), x, self._aux(one_hot, scores.view_as(one_hot), ctx))
+            loss = self.cfg.aux_weight * balance_loss(one_hot, scores.view_as(one_hot), ctx)
+            x = ctx.add_loss((self.place.index, "balance"), x, loss)
             rows = x.flatten(0, 1)
         grouped, offsets, restore = ctx.dispatch(rows, chosen, self.cfg.num_experts)
         y = restore(self.experts(grouped, offsets))  # [N, top_k, D]
@@ -94,13 +96,6 @@ class MoE(Branch):
             extra, _, _ = self.shared(x, ctx, {}, {})
             y = y + (extra * torch.sigmoid(self.shared_gate(x)) if self.cfg.shared_gate else extra)
         return y, {}, {}
-
-    def _aux(self, one_hot: Tensor, scores: Tensor, ctx: Context) -> Tensor:
-        """Sum over this rank's tokens of ``E / k * sum_e f_e p_e``, f the share of the row's choices that fell on e."""
-        share = scores / scores.sum(dim=-1, keepdim=True)
-        counts = ctx.all_sum(one_hot.sum(dim=1), over="row")
-        load = counts.to(share.dtype) / counts.sum(dim=-1, keepdim=True)  # [B, E]
-        return self.cfg.aux_weight * self.cfg.num_experts * (load[:, None] * share).sum()
 
     @torch.no_grad()
     def after_step(self, notes: dict[str, Tensor]) -> None:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmtrain.model.balance import balance_loss
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, named, register
 from lmtrain.model.context import Context
 from lmtrain.model.delta_inputs import unit
@@ -76,18 +77,13 @@ class MoM(Branch):
         scores = self.router(x).softmax(dim=-1)
         used = best(scores, self.cfg.top_k)
         if self.cfg.aux_weight:
-            x = ctx.add_loss((self.place.index, "balance"), x, self._aux(used, scores, ctx))
+            loss = self.cfg.aux_weight * balance_loss(used, scores, ctx)
+            x = ctx.add_loss((self.place.index, "balance"), x, loss)
         weights = torch.where(used, scores, 0.0)
         weights = weights / weights.sum(dim=-1, keepdim=True)
         if self.cfg.shared_memory:
             weights, used = F.pad(weights, (0, 1), value=1.0), F.pad(used, (0, 1), value=True)
         return x, weights, used
-
-    def _aux(self, used: Tensor, scores: Tensor, ctx: Context) -> Tensor:
-        """As ``MoE``'s: over this rank's tokens, of ``M / k * sum_e f_e s_e``, f the share of the row's uses of e."""
-        counts = ctx.all_sum(used.sum(dim=1), over="row")
-        load = counts.to(scores.dtype) / counts.sum(dim=-1, keepdim=True)  # [B, M]
-        return self.cfg.aux_weight * self.cfg.num_memories * (load[:, None] * scores).sum()
 
     def _rates(self, beta: Tensor, steps: Tensor, used: Tensor) -> tuple[Tensor, Tensor]:
         """beta and g ``[B, T, M H]`` of what the memories took, 0 where a token does not use one."""
