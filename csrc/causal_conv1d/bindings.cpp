@@ -1,94 +1,60 @@
 // lmtrain::causal_conv1d and its backward: checks, allocation, and the split into tasks. Fake and autograd are in
 // lmtrain/ops/causal_conv1d.py.
 #include <cstring>
-#include <optional>
 #include <string>
 #include <tuple>
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include "arguments.h"
 #include "causal_conv1d/kernel.h"
 
 namespace {
 
 using namespace lm::causal_conv1d;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-DType dtype_of(const Tensor& x) {
-    switch (x.scalar_type()) {
-        case ScalarType::Float: return DType::f32;
-        case ScalarType::Double: return DType::f64;
-        case ScalarType::BFloat16: return DType::bf16;
-        default: STD_TORCH_CHECK(false, "causal_conv1d: x: expected float32, float64 or bfloat16");
-    }
-}
+using lm::data_of;
+using lm::Optional;
+using lm::Shape;
+using lm::Tensor;
 
 // The inputs, contiguous and checked, and the parameters that point to them.
-struct Inputs {
+struct Inputs : lm::Arguments {
+    Shape row, state;
     Tensor x, weight;  // weight as [width, channels]
-    std::optional<Tensor> bias, positions, tail;
+    Optional bias, positions, tail;
     Params p = {};
 
-    Inputs(const Tensor& x_, const Tensor& weight_, const std::optional<Tensor>& bias_,
-           const std::optional<Tensor>& positions_, const std::optional<Tensor>& tail_, const std::string& activation) {
-        STD_TORCH_CHECK(x_.dim() == 3, "causal_conv1d: x: expected [B, T, C], got ", x_.dim(), " dims");
-        p.dtype = dtype_of(x_);
+    Inputs(const Tensor& x_, const Tensor& weight_, const Optional& bias_, const Optional& positions_,
+           const Optional& tail_, const std::string& activation)
+        : Arguments("causal_conv1d", "x", x_, Values::f32_f64_bf16) {
+        row = sizes("x", x_, 3, "[B, T, C]");
+        p.dtype = f64() ? DType::f64 : bf16() ? DType::bf16 : DType::f32;
         p.silu = activation == "silu";
         STD_TORCH_CHECK(p.silu || activation == "none", "causal_conv1d: activation: expected none or silu, got ",
                         activation);
-        p.batch = x_.size(0), p.length = x_.size(1), p.channels = x_.size(2);
-        const ScalarType computed = p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-        STD_TORCH_CHECK(weight_.dim() == 2 && weight_.size(0) == p.channels && weight_.scalar_type() == computed,
-                        "causal_conv1d: weight: expected [C, W] in the computing dtype");
-        p.width = weight_.size(1);
+        p.batch = row[0], p.length = row[1], p.channels = row[2];
+        p.width = sizes("weight", weight_, 2, "[C, W]")[1];
         STD_TORCH_CHECK(1 <= p.width && p.width <= kMaxWidth, "causal_conv1d: weight: expected 1 to ", kMaxWidth,
                         " taps, got ", p.width);
-
-        x = torch::stable::contiguous(x_);
-        weight = torch::stable::contiguous(torch::stable::transpose(weight_, 0, 1));
-        if (bias_) {
-            STD_TORCH_CHECK(bias_->numel() == p.channels && bias_->scalar_type() == computed,
-                            "causal_conv1d: bias: expected [C] in the computing dtype");
-            bias = torch::stable::contiguous(*bias_);
-            p.bias = bias->const_data_ptr();
-        }
-        if (positions_) {
-            STD_TORCH_CHECK(positions_->numel() == p.batch * p.length && positions_->scalar_type() == ScalarType::Int,
-                            "causal_conv1d: positions: expected int32 [B, T]");
-            positions = torch::stable::contiguous(*positions_);
-            p.positions = static_cast<const int32_t*>(positions->const_data_ptr());
-        }
-        if (tail_) {
-            STD_TORCH_CHECK(tail_->numel() == p.batch * (p.width - 1) * p.channels &&
-                                tail_->scalar_type() == x.scalar_type(),
-                            "causal_conv1d: tail: expected [B, W-1, C] in x's dtype");
-            tail = torch::stable::contiguous(*tail_);
-            p.tail = tail->const_data_ptr();
-        }
-        p.x = x.const_data_ptr();
-        p.weight = weight.const_data_ptr();
+        state = {p.batch, p.width - 1, p.channels};
+        x = dense("x", x_, row);
+        weight = dense("weight", weight_, {p.channels, p.width}, computed());
+        weight = torch::stable::contiguous(torch::stable::transpose(weight, 0, 1));
+        bias = dense("bias", bias_, {p.channels}, computed());
+        positions = dense("positions", positions_, {p.batch, p.length}, lm::ScalarType::Int);
+        tail = dense("tail", tail_, state);
+        p.x = x.const_data_ptr(), p.weight = weight.const_data_ptr(), p.bias = data_of(bias);
+        p.positions = static_cast<const int32_t*>(data_of(positions)), p.tail = data_of(tail);
     }
 
-    Tensor like_x() const { return torch::stable::new_empty(x, {p.batch, p.length, p.channels}); }
-    Tensor like_tail() const { return torch::stable::new_empty(x, {p.batch, p.width - 1, p.channels}); }
-
-    // Tasks per thread below which starting one costs more than it saves.
-    int64_t grain() const {
-        const int64_t columns = p.length < kChunk ? p.length : kChunk;
-        const int64_t values = columns * (p.channels < tile_channels(p) ? p.channels : tile_channels(p));
-        return values >= 16384 ? 1 : 16384 / (values + 1) + 1;
+    template <typename Kernel>
+    void run_all(Kernel kernel) const {
+        run(kernel, p, num_tasks(p), x.numel() >> 14);  // fewer values are not worth a thread
     }
 };
 
 // The last width-1 columns of tail and x.
 Tensor final_tail(const Inputs& in) {
     const Params& p = in.p;
-    Tensor result = in.like_tail();
+    Tensor result = in.empty(in.state);
     const int64_t w = p.width - 1;
     const size_t bytes = p.channels * (p.dtype == DType::f64 ? 8 : p.dtype == DType::f32 ? 4 : 2);
     if (bytes == 0) return result;
@@ -107,54 +73,33 @@ Tensor final_tail(const Inputs& in) {
     return result;
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                   const std::optional<Tensor>& positions, const std::optional<Tensor>& tail,
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const Optional& bias,
+                                   const Optional& positions, const Optional& tail,
                                    const std::string& activation) {
     Inputs in(x, weight, bias, positions, tail, activation);
-    Tensor y = in.like_x();
+    Tensor y = in.empty(in.row);
     in.p.y = y.mutable_data_ptr();
-    const auto kernel = LM_CPU(causal_conv1d_forward);
-    torch::stable::parallel_for(0, num_tasks(in.p), in.grain(),
-                                [&](int64_t from, int64_t to) { kernel(in.p, from, to); });
+    in.run_all(LM_CPU(causal_conv1d_forward));
     return {y, final_tail(in)};
 }
 
-// Sum of the chunks' partials [batch * chunks, columns], in order.
-template <typename Compute>
-void sum_partials(const Params& p, void* total) {
-    const int64_t columns = (p.width + 1) * p.channels;
-    const auto* partial = static_cast<const Compute*>(p.partial);
-    torch::stable::parallel_for(0, columns, 4096, [&](int64_t from, int64_t to) {
-        for (int64_t part = 0; part < p.batch * num_chunks(p); ++part) {
-            for (int64_t i = from; i < to; ++i) static_cast<Compute*>(total)[i] += partial[part * columns + i];
-        }
-    });
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad_y, const Tensor& grad_final, const Tensor& x,
-                                                    const Tensor& weight, const std::optional<Tensor>& bias,
-                                                    const std::optional<Tensor>& positions,
-                                                    const std::optional<Tensor>& tail, const std::string& activation) {
+                                                    const Tensor& weight, const Optional& bias,
+                                                    const Optional& positions, const Optional& tail,
+                                                    const std::string& activation) {
     Inputs in(x, weight, bias, positions, tail, activation);
     Params& p = in.p;
-    STD_TORCH_CHECK(grad_y.numel() == x.numel() && grad_y.scalar_type() == x.scalar_type(),
-                    "causal_conv1d_backward: grad_y: expected x's shape and dtype");
-    STD_TORCH_CHECK(grad_final.numel() == p.batch * (p.width - 1) * p.channels &&
-                        grad_final.scalar_type() == x.scalar_type(),
-                    "causal_conv1d_backward: grad_tail: expected [B, W-1, C] in x's dtype");
-    const Tensor grad_y_dense = torch::stable::contiguous(grad_y);
-    const Tensor grad_final_dense = torch::stable::contiguous(grad_final);
-    Tensor grad_x = in.like_x(), grad_tail = in.like_tail();
+    const Tensor grad_y_dense = in.dense("grad_y", grad_y, in.row);
+    const Tensor grad_final_dense = in.dense("grad_tail", grad_final, in.state);
+    Tensor grad_x = in.empty(in.row), grad_tail = in.empty(in.state);
     Tensor partial = torch::stable::new_zeros(in.weight, {p.batch * num_chunks(p), p.width + 1, p.channels});
-    Tensor total = torch::stable::new_zeros(in.weight, {p.width + 1, p.channels});
     p.grad_y = grad_y_dense.const_data_ptr();
     p.grad_final = grad_final_dense.const_data_ptr();
     p.grad_x = grad_x.mutable_data_ptr();
     p.grad_tail = grad_tail.mutable_data_ptr();
     p.partial = partial.mutable_data_ptr();
-    const auto kernel = LM_CPU(causal_conv1d_backward);
-    torch::stable::parallel_for(0, num_tasks(p), in.grain(), [&](int64_t from, int64_t to) { kernel(p, from, to); });
-    (p.dtype == DType::f64 ? sum_partials<double> : sum_partials<float>)(p, total.mutable_data_ptr());
+    in.run_all(LM_CPU(causal_conv1d_backward));
+    Tensor total = lm::sum_parts(partial);
     // copies: an op's outputs may not share memory
     Tensor taps = torch::stable::narrow(total, 0, 0, p.width);
     return {grad_x, torch::stable::clone(torch::stable::contiguous(torch::stable::transpose(taps, 0, 1))),

@@ -5,7 +5,8 @@
 // D_ij = e^{log decay summed over (j, i]} and enter, leave those from and to the piece's borders:
 //
 //   wrong_i = v_i - enter_i S^T k_i - sum_{j < i} D_ij (k_i . k_j) u_j            u_i = beta_i wrong_i
-//   y_i     = enter_i S^T q_i + sum_{j <= i} D_ij (q_i . k_j) u_j                 S' = e^{all} S + sum_j leave_j k_j u_j^T
+//   y_i     = enter_i S^T q_i + sum_{j <= i} D_ij (q_i . k_j) u_j
+//   S'      = e^{all} S + sum_j leave_j k_j u_j^T
 //
 // The first is a unit lower triangle, solved by substitution (arXiv 2406.06484, 2412.06464). The forward keeps `wrong`
 // and the states that enter pieces.

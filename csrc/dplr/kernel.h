@@ -1,8 +1,8 @@
 // Diagonal plus low rank (dplr): what the bindings and the kernels share. The equation is in lmtrain/ops/dplr.py.
 //
-// Columns of a state do not act on one another. A head of a row is one task; it takes a block of columns, which then stay
-// in the cache, through the tokens one after another. The forward keeps the state before every piece of kPiece tokens;
-// the backward computes those within a piece again.
+// Columns of a state do not act on one another. A head of a row is one task; it takes a block of columns, which then
+// stay in the cache, through the tokens one after another. The forward keeps the state before every piece of kPiece
+// tokens; the backward computes those within a piece again.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ inline int64_t pieces(const Params& p) { return (p.length + kPiece - 1) / kPiece
 inline int64_t forward_scratch(const Params& p) { return p.keys * kColumns; }
 inline int64_t backward_scratch(const Params& p) {
     const int64_t states = (kPiece + 2) * p.keys * kColumns, reads = kPiece * kColumns;
-    return states + reads + 5 * (p.keys + 15) / 16 * 16 * 16;
+    return states + reads + 5 * ((p.keys + 15) / 16 * 16) * 16;
 }
 
 }  // namespace

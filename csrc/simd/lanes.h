@@ -28,6 +28,16 @@ inline void exchange(const Vec& a, const Vec& b, Vec& low, Vec& high, Indices<L.
     high = LM_SHUFFLE_LANES(a, b, ((L & D) ? L + n : (L ^ D))...);
 }
 
+template <typename IO>
+inline typename IO::Compute sum_lanes(const typename IO::Vec& values) {
+    typename IO::Compute lane[kLanes<IO>];
+    copy_out(lane, values, kLanes<IO>);
+    for (int half = kLanes<IO> / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
+    }
+    return lane[0];
+}
+
 // A vector whose lane l sums the lanes of row l of kLanes rows.
 template <typename IO, int D = kLanes<IO>>
 inline typename IO::Vec sum_rows(const typename IO::Compute* rows) {

@@ -1,14 +1,12 @@
 // Panels: copies of a piece's tensors whose rows are dense and whole vectors long.
 #pragma once
 
+#include "simd/block.h"
 #include "simd/lanes.h"
 
 namespace {
 
-constexpr int64_t kBlock = 16;  // whole vectors of every unit, and the rows of a triangle computed to the same column
-
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
 
 // An odd number of cache lines for a row of fp32: steps over rows then do not meet in the same lines of the cache.
 inline int64_t spread(int64_t columns) { return padded(columns) | kBlock; }

@@ -42,6 +42,17 @@ struct Tile {
         }
     }
 
+    // Asks for what lies where the tile would be stored, to be read or, if `write`, written later.
+    template <bool WRITE>
+    LM_INLINE void prefetch(const T* at, int64_t ld) {
+#pragma GCC unroll 8
+        for (int r = 0; r < ROWS; ++r) {
+            for (int v = 0; v < VECS; v += 64 / static_cast<int>(sizeof(Vec))) {
+                __builtin_prefetch(at + r * ld + v * lanes, WRITE, 3);
+            }
+        }
+    }
+
     LM_INLINE void scale_rows(const T* factor) {
         each([&](Vec& value, int r, int) LM_INLINE { value *= factor[r]; });
     }

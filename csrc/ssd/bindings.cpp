@@ -10,6 +10,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "pieces.h"
 #include "ssd/kernel.h"
 
 namespace {
@@ -22,8 +23,7 @@ using torch::stable::Tensor;
 struct Inputs {
     Tensor x, log_a, b, c;
     std::optional<Tensor> starts, initial_state;
-    std::vector<Piece> pieces;
-    std::vector<int64_t> first;
+    std::optional<lm::Pieces> pieces;
     Params p = {};
 
     Inputs(const Tensor& x_, const Tensor& log_a_, const Tensor& b_, const Tensor& c_,
@@ -36,6 +36,7 @@ struct Inputs {
         p.f64 = x_.scalar_type() == ScalarType::Double;
         p.batch = x_.size(0), p.length = x_.size(1), p.heads = x_.size(2), p.head_dim = x_.size(3);
         p.groups = b_.size(2), p.d_state = b_.size(3);
+        STD_TORCH_CHECK(p.heads > 0, "ssd: x: expected at least one head");
         STD_TORCH_CHECK(p.groups > 0 && p.heads % p.groups == 0, "ssd: B: expected groups that divide the heads");
         x = dense("x", x_, p.batch * p.length * p.heads * p.head_dim);
         log_a = dense("log_a", log_a_, p.batch * p.length * p.heads);
@@ -50,7 +51,13 @@ struct Inputs {
         p.x = x.const_data_ptr(), p.log_a = log_a.const_data_ptr();
         p.b = b.const_data_ptr(), p.c = c.const_data_ptr();
         if (initial_state) p.initial_state = initial_state->const_data_ptr();
-        cut(chunk < kChunk ? chunk : kChunk);
+        const int64_t longest = chunk < kChunk ? chunk : kChunk;
+        // as many as in a row of one document; lmtrain/ops/ssd.py says the same
+        p.slots = p.length ? (p.length + longest - 1) / longest - (p.initial_state ? 0 : 1) : 0;
+        pieces.emplace(p.batch, p.length, longest,
+                       starts ? static_cast<const bool*>(starts->const_data_ptr()) : nullptr,
+                       p.initial_state != nullptr);
+        p.pieces = pieces->all.data(), p.first = pieces->first.data();
     }
 
     int64_t state_elements() const { return p.batch * p.heads * p.d_state * p.head_dim; }
@@ -61,26 +68,6 @@ struct Inputs {
                             (tensor.scalar_type() == ScalarType::Float) != p.f64,
                         "ssd: ", name, ": expected ", elements, " elements in x's dtype");
         return torch::stable::contiguous(tensor);
-    }
-
-    void cut(int64_t chunk) {
-        // as many as in a row of one document; lmtrain/ops/ssd.py says the same
-        p.slots = p.length ? (p.length + chunk - 1) / chunk - (p.initial_state ? 0 : 1) : 0;
-        const auto* start = starts ? static_cast<const bool*>(starts->const_data_ptr()) : nullptr;
-        for (int64_t row = 0; row < p.batch; ++row, start += start ? p.length : 0) {
-            first.push_back(static_cast<int64_t>(pieces.size()));
-            int64_t slot = 0;
-            for (int64_t begin = 0; begin < p.length;) {
-                int64_t end = begin + 1;
-                while (end < p.length && end - begin < chunk && !(start && start[end])) ++end;
-                const bool zero = (start && start[begin]) || (begin == 0 && !p.initial_state);
-                if (begin > 0) pieces.back().leaves = !zero;
-                pieces.push_back({row, begin, end - begin, zero ? kNone : slot++, true});
-                begin = end;
-            }
-        }
-        first.push_back(static_cast<int64_t>(pieces.size()));
-        p.pieces = pieces.data(), p.first = first.data();
     }
 
     Tensor empty_state() const {

@@ -10,22 +10,19 @@
 
 #include <cstdint>
 
+#include "simd/block.h"
+#include "simd/piece.h"
 #include "simd/unit.h"
 
 namespace lm::ssd {
 
 constexpr int64_t kChunk = 64;  // tokens of a piece, at most; the row length of matrices over a piece
-constexpr int64_t kBlock = 16;  // rows of a triangular matrix that are computed to the same column
-// Heads of a group that the backward takes together: B and C are read, and their gradients summed, once for all. More
-// would leave fewer tasks, and their states would fall out of the cache. Fixed: it is an order of summation.
+// Heads of a group that the backward takes together: the gradients of B and C are summed once for all. More would leave
+// fewer tasks. Fixed: it is an order of summation.
 constexpr int64_t kHeads = 4;
-constexpr int64_t kNone = -1;
-
-struct Piece {
-    int64_t row, begin, count;
-    int64_t slot;  // which of the states that enter pieces of the row enters this one; kNone: zero
-    bool leaves;   // whether the state after it is needed
-};
+// Blocks of so many heads that a thread takes together, at most: B and C are read once for all. With more their states
+// would fall out of the cache.
+constexpr int64_t kBlocks = 4;
 
 // All arrays are contiguous and of one type, fp32, or fp64 if `f64`.
 struct Params {
@@ -50,10 +47,7 @@ struct Params {
     void* grad_initial;         // as initial_state, written even if that is null
 };
 
-namespace {  // not shared between units, see vector.h
-
-// Rows of panels are whole vectors of every unit.
-inline int64_t padded(int64_t columns) { return (columns + kBlock - 1) / kBlock * kBlock; }
+namespace {  // not shared between units, see simd/vector.h
 
 // Blocks of kHeads in a group.
 inline int64_t blocks(const Params& p) { return (p.heads / p.groups + kHeads - 1) / kHeads; }
@@ -63,9 +57,10 @@ inline int64_t forward_scratch(const Params& p) {
     return p.d_state * padded(p.head_dim) + kChunk * (padded(p.head_dim) + 2 * p.d_state + 2 * kChunk);
 }
 inline int64_t backward_scratch(const Params& p) {
-    const int64_t grad_states = kHeads * p.d_state * padded(p.head_dim);
+    const int64_t heads = kHeads * (blocks(p) < kBlocks ? blocks(p) : kBlocks);
+    const int64_t grad_states = heads * p.d_state * padded(p.head_dim);
     const int64_t values = padded(p.head_dim) + 2 * p.head_dim, keys = 2 * padded(p.d_state) + 4 * p.d_state;
-    return grad_states + kChunk * (values + keys + 3 * kChunk);
+    return grad_states + kChunk * (values + keys + 3 * kChunk + kBlock);
 }
 
 }  // namespace

@@ -5,16 +5,46 @@ from __future__ import annotations
 import dataclasses
 
 from lmtrain.errors import UsageError
+from lmtrain.hub.deepseek_v3 import DeepseekV3
+from lmtrain.hub.falcon_h1 import FalconH1
+from lmtrain.hub.gpt_oss import GptOss
+from lmtrain.hub.granite_moe_hybrid import GraniteMoeHybrid
+from lmtrain.hub.kimi_linear import KimiLinear
 from lmtrain.hub.llama import Llama
+from lmtrain.hub.mamba import Mamba
 from lmtrain.hub.mamba2 import Mamba2
 from lmtrain.hub.mistral import Mistral
+from lmtrain.hub.mixtral import Mixtral
 from lmtrain.hub.nemotron_h import NemotronH
+from lmtrain.hub.olmo2 import Olmo2
 from lmtrain.hub.qwen3 import Qwen3
+from lmtrain.hub.qwen3_moe import Qwen3Moe
+from lmtrain.hub.qwen3_next import Qwen3Next
+from lmtrain.hub.recurrent_gemma import RecurrentGemma
+from lmtrain.hub.rwkv import Rwkv
 from lmtrain.hub.settings import distinct
 from lmtrain.hub.table import KNOWN, HubClass
 from lmtrain.model.config import ModelConfig
 
-CLASSES: tuple[HubClass, ...] = (Llama(), Mistral(), Qwen3(), Mamba2(), NemotronH())
+CLASSES: tuple[HubClass, ...] = (
+    Llama(),
+    Mistral(),
+    Qwen3(),
+    Olmo2(),
+    Mixtral(),
+    Qwen3Moe(),
+    Mamba(),
+    Mamba2(),
+    Rwkv(),
+    RecurrentGemma(),
+    NemotronH(),
+    Qwen3Next(),
+    DeepseekV3(),
+    GptOss(),
+    KimiLinear(),
+    FalconH1(),
+    GraniteMoeHybrid(),
+)
 """In order of preference."""
 SHOWN = 3
 """Reasons told per class."""

@@ -18,7 +18,8 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Transform:
-    """``to_disk`` makes the tensors on disk of ours; ``to_ours`` undoes it bit for bit, given the shapes of ours."""
+    """``to_disk`` makes the tensors on disk of ours; ``to_ours`` undoes it bit for bit (one exception: ``LESS_ONE``),
+    given the shapes of ours."""
 
     to_disk: Callable[[Sequence[Tensor]], list[Tensor]]
     to_ours: Callable[[Sequence[Tensor], Sequence[Shape]], list[Tensor]]
@@ -49,6 +50,23 @@ EXPERTS = Transform(
 )
 """``[E, in, out]`` to E linear weights ``[out, in]``."""
 
+LESS_ONE = Transform(lambda ours: [ours[0] - 1], lambda disk, shapes: [disk[0].float() + 1])
+"""A norm's weight that the class keeps as w - 1. In fp32 w comes back bit for bit from 1/2 on; a smaller one within
+2^-24 (1 + |w|), which is also what the class computes with."""
+
+
+def by_head(heads: int) -> Transform:
+    """Several tensors whose rows belong to heads: of each head the rows of the first tensor, then of the next."""
+
+    def to_disk(ours: Sequence[Tensor]) -> list[Tensor]:
+        return [torch.cat([tensor.unflatten(0, (heads, -1)) for tensor in ours], dim=1).flatten(0, 1)]
+
+    def to_ours(disk: Sequence[Tensor], shapes: Sequence[Shape]) -> list[Tensor]:
+        rows = [shape[0] // heads for shape in shapes]
+        return [part.flatten(0, 1) for part in disk[0].unflatten(0, (heads, -1)).split(rows, dim=1)]
+
+    return Transform(to_disk, to_ours)
+
 
 def zeros(*shapes: Shape, ours: int = 0) -> Transform:
     """Tensors of zeros on disk; ``ours`` tensors that do not matter to the function come back as zeros."""
@@ -75,6 +93,11 @@ class Rule:
 def same(ours: str, disk: str) -> Rule:
     """One tensor under two names."""
     return Rule((ours,), (disk,))
+
+
+def less_one(ours: str, disk: str) -> Rule:
+    """A norm kept as w - 1; in fp32, since w - 1 of a rounded w is in general no number of a smaller dtype."""
+    return Rule((ours,), (disk,), LESS_ONE, keep_fp32=True)
 
 
 KNOWN: dict[str, str] = {

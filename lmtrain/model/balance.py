@@ -8,7 +8,7 @@ from lmtrain.model.context import Context
 
 
 def balance_loss(used: Tensor, scores: Tensor, ctx: Context) -> Tensor:
-    """Sum over this rank's tokens of ``E / k * sum_e f_e p_e``: 1 a token when balanced.
+    """Sum over this rank's tokens of ``E * sum_e f_e p_e``: 1 a token when balanced.
 
     used: bool or int ``[B, T, E]``, which of the E a token uses; f is the share of the row's uses that fell on e, over
     all ranks of the row. scores ``[B, T, E]``, of which p are the shares.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lmtrain.errors import UsageError
 from lmtrain.model.branch import Branch, ParamInfo, State, Streams, named
 from lmtrain.model.context import Context
 from lmtrain.model.norm import Norm
@@ -74,6 +76,9 @@ class SideBySide(Branch):
 
     def __init__(self, branches: Sequence[Branch], scales: Sequence[Multipliers]) -> None:
         super().__init__()
+        for stream, count in Counter(name for branch in branches for name in branch.reads | branch.writes).items():
+            if count > 1:
+                raise UsageError(f"model.pattern: branches side by side cannot hand each other the stream {stream}")
         self.branches = nn.ModuleList(branches)
         self.scales = scales
         self.reads = frozenset[str]().union(*(branch.reads for branch in branches))  # type: ignore[misc]

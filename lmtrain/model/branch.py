@@ -111,7 +111,8 @@ class Branch(nn.Module):
         return {}
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of the carried fp32 tensors of one sequence, where they do not depend on its length."""
+        """Shapes of the carried tensors of one sequence, where they do not depend on its length: fp32, but the tails of
+        convolutions and token shifts, which have x's dtype."""
         return {}
 
     def after_step(self, notes: dict[str, Tensor]) -> None:

@@ -60,6 +60,8 @@ class ModelConfig:
         for name in self.multipliers:
             if name not in self.branches:
                 raise ValueError(f"multipliers: no branch is named {name!r}{nearest(name, self.branches)}")
+            if self.multipliers[name].skip != 1 and any(len(b) > 1 and name in b for b in self.blocks()):
+                raise ValueError(f"multipliers.{name}.skip: branches side by side share one residual; leave it at 1")
 
     def blocks(self) -> Blocks:
         """Names of the branches of each block, in order: one, or several side by side."""

@@ -155,4 +155,4 @@ def join(cache: Cache, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def keep(k: Tensor, v: Tensor, window: int | None) -> Cache:
     """What later columns can still see: the last ``window - 1`` columns, or all."""
     lo = 0 if window is None else max(0, k.shape[1] - (window - 1))
-    return {"k": k[:, lo:].contiguous(), "v": v[:, lo:].contiguous()}
+    return {"k": k[:, lo:].clone(), "v": v[:, lo:].clone()}  # not views, which would hold the whole row

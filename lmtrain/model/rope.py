@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), halves layout as in GPT-NeoX and Llama."""
+"""Rotary positions (arXiv 2104.09864): of halves, as in GPT-NeoX and Llama, or interleaved."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lmtrain.errors import UsageError
+from lmtrain.ops.causal_conv1d import MAX_WIDTH
 
 
 def at_least(settings: Any, minimum: int, *keys: str) -> None:
@@ -13,6 +14,20 @@ def at_least(settings: Any, minimum: int, *keys: str) -> None:
         value = getattr(settings, key)
         if value is not None and value < minimum:
             raise UsageError(f"{settings.kind}: {key}: expected at least {minimum}, got {value}")
+
+
+def positive(settings: Any, *keys: str) -> None:
+    """Refuse settings of which one of these keys is 0 or less; None passes."""
+    for key in keys:
+        value = getattr(settings, key)
+        if value is not None and value <= 0:
+            raise UsageError(f"{settings.kind}: {key}: expected more than 0, got {value:g}")
+
+
+def taps(settings: Any) -> None:
+    """Refuse a ``conv_width`` that the short convolution does not have."""
+    if not 2 <= settings.conv_width <= MAX_WIDTH:
+        raise UsageError(f"{settings.kind}: conv_width: expected 2 to {MAX_WIDTH}, got {settings.conv_width}")
 
 
 def head_width(settings: Any, expand: str, d_model: int) -> int:

@@ -41,13 +41,16 @@ def prefixes(v: Tensor, transition: Tensor, docs: Documents | None, chunk: int) 
     batch, _, blocks, size = v.shape
     dtype = compute_dtype(v)
     starts = starts_of(v, docs)[:, :, None, None, None]
+    opens = in_chunks(starts, chunk)
     matrices = in_chunks(torch.where(starts, v.new_zeros((), dtype=dtype), transition.to(dtype)), chunk)
     written = in_chunks(F.pad(v.to(dtype)[..., None], (size, 0)), chunk)
     eye = torch.eye(size, dtype=dtype, device=v.device)
     run = F.pad(eye, (0, 1)).expand(batch, matrices.shape[1], blocks, size, size + 1)
     states = []
-    for matrix, value in zip(matrices.unbind(2), written.unbind(2), strict=True):
-        run = matrix @ run + value
+    zero = v.new_zeros((), dtype=dtype)
+    for matrix, value, start in zip(matrices.unbind(2), written.unbind(2), opens.unbind(2), strict=True):
+        # where, beside a matrix of zeros: a NaN of another document must reach neither values nor gradients
+        run = matrix @ torch.where(start, zero, run) + value
         states.append(run)
     return torch.stack(states, dim=2)
 
@@ -90,7 +93,7 @@ class BlockDiagScan(AffineOp):
             outputs.append(self.apply(product, state[:, None]) + written[..., 0])
             state = outputs[-1][:, -1]
         out = torch.cat(outputs, dim=1)[:, :length]
-        return out.to(v.dtype), out[:, -1]
+        return out.to(v.dtype), out[:, -1].clone()  # not a view, which would hold the whole row
 
     def span(self, *inputs: Tensor | None, docs: Documents | None = None) -> Span:
         v, transition = self._check(inputs, docs)

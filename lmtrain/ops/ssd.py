@@ -191,6 +191,8 @@ class SSD(AffineOp):
         check_shape(self.name, "log_a", log_a, (batch, length, num_heads))
         check_shape(self.name, "B", b, (batch, length, None, None))
         check_shape(self.name, "C", c, tuple(b.shape))
+        if num_heads == 0:
+            raise ValueError("ssd: x: expected at least one head, got 0")
         if b.shape[2] == 0 or num_heads % b.shape[2]:
             raise ValueError(f"ssd: B: expected groups that divide the {num_heads} heads, got {b.shape[2]}")
         if initial_state is not None:

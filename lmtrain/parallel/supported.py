@@ -70,6 +70,14 @@ def _expert(setup: Setup) -> str | None:
         if count % ep:
             fits = max(size for size in range(1, ep) if count % size == 0)
             return f"mesh.ep={ep}: does not divide the {count} experts of model.branches.{name}; use mesh.ep={fits}"
+    shards = setup.mesh.dp_shard * setup.mesh.sp // ep
+    for name, settings in setup.branches():
+        for key, width in (("d_expert", getattr(settings, "d_expert", shards)), ("d_model", setup.model.d_model)):
+            if hasattr(settings, "num_experts") and width % shards:
+                return (
+                    f"mesh.ep={ep}: each expert of model.branches.{name} is cut over {shards} ranks, which do not "
+                    f"divide its {key} {width}; use mesh.ep={setup.mesh.dp_shard * setup.mesh.sp}, or another {key}"
+                )
     return None
 
 

@@ -20,6 +20,7 @@ from lmtrain.model.mixers.kda import KDAConfig
 from lmtrain.model.mixers.mamba import MambaConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.model.mixers.mla import MLAConfig
+from lmtrain.model.mixers.rg_lru import RGLRUConfig
 from lmtrain.model.mixers.rwkv4 import RWKV4Config
 
 VOCAB = 384
@@ -29,7 +30,7 @@ BRANCHES = {
     "local": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, window=20),
     "normed": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, qk_norm=True, rope_theta=5e4),
     "normed_local": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, qk_norm=True, rope_theta=5e4, window=20),
-    "wide_normed": AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, window=40),
+    "wide_normed": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=24, qk_norm=True, window=40),
     "all_normed": AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, qk_norm_over="all", rope_theta=5e4),
     "nope": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=24, rope=False),
     "mlp": MLPConfig(d_ff=80),
@@ -37,6 +38,10 @@ BRANCHES = {
     "mamba": MambaConfig(d_state=8, dt_rank=6),
     "time": RWKV4Config(),
     "channel": RWKVChannelConfig(d_ff=80, version="4"),
+    "lru": RGLRUConfig(num_heads=4, conv_width=3),
+    "half_turned": AttentionConfig(num_heads=4, num_kv_heads=1, rope_fraction=0.5, rope_theta=5e4, window=20),
+    "quarter_turned": AttentionConfig(4, num_kv_heads=2, rope_fraction=0.25, window=40, bias="all"),
+    "geglu": MLPConfig(d_ff=80, activation="geglu", bias=True),
     "ssm": Mamba2Config(d_state=8, head_dim=16, num_groups=2, chunk=16),
     "moe": MoEConfig(**EXPERTS, num_shared=2, d_shared=20, balance="bias", scale=1.5),
     "soft": MoEConfig(num_experts=6, top_k=2, d_expert=24, balance="none"),
@@ -58,7 +63,7 @@ BRANCHES = {
     "sinks_local": AttentionConfig(
         num_heads=4, num_kv_heads=2, head_dim=16, sinks=True, bias="all", rope_theta=5e4, window=20
     ),
-    "oss_moe": MoEConfig(6, 2, 24, bias=True, activation="swiglu_clamped", balance="aux"),
+    "oss_moe": MoEConfig(6, 2, 24, bias=True, activation="swiglu_clamped", balance="none"),
     "even_nope": AttentionConfig(num_heads=4, num_kv_heads=2, rope=False),
     "shared_moe": MoEConfig(6, 2, 24, num_shared=2, d_shared=20, balance="none"),
     "gated_moe": MoEConfig(6, 2, 24, num_shared=2, d_shared=20, shared_gate=True, balance="aux"),
@@ -83,6 +88,14 @@ MODELS = {
     "Mamba tied": ("2 * mamba", {"tie_embeddings": True}),
     "Mamba2": ("3 * ssm", {}),
     "Mamba2 tied": ("2 * ssm", {"tie_embeddings": True}),
+    "RecurrentGemma": ("2 * (lru geglu) half_turned geglu lru geglu", {"embedding_scale": 8.0, "logit_softcap": 2.0}),
+    "RecurrentGemma tied": (
+        "lru geglu quarter_turned geglu",
+        {"embedding_scale": 8.0, "tie_embeddings": True},
+    ),
+    "RecurrentGemma without attention": ("2 * (lru geglu)", {"embedding_scale": 8.0}),
+    "Rwkv": ("2 * (time channel)", {"norm": "layer", "embedding_norm": True}),
+    "Rwkv tied": ("3 * (time channel)", {"norm": "layer", "embedding_norm": True, "tie_embeddings": True}),
     "NemotronH": ("ssm relu2 nope relu2 ssm", {}),
     "NemotronH tied": ("ssm nope relu2", {"tie_embeddings": True}),
     "NemotronH without attention": ("ssm relu2 ssm", {}),
@@ -93,12 +106,14 @@ MODELS = {
     "DeepseekV3": ("latent mlp 2 * (latent grouped)", {}),
     "DeepseekV3 tied": ("2 * (plain_latent sigmoid_moe)", {"tie_embeddings": True}),
     "GptOss": ("sinks_local oss_moe sinks oss_moe", {}),
+    "GptOss tied": ("2 * (sinks oss_moe)", {"tie_embeddings": True}),
     "KimiLinear": ("kda mlp kda grouped nope_latent grouped", {}),
     "KimiLinear tied without attention": ("2 * (kda sigmoid_moe)", {"tie_embeddings": True}),
     "FalconH1": ("ssm + attn mlp attn + ssm mlp", {**SCALES, "multipliers": AROUND}),
     "FalconH1 tied": ("2 * (ssm + attn mlp)", {"tie_embeddings": True}),
     "GraniteMoeHybrid": ("ssm shared_moe even_nope shared_moe ssm shared_moe", {**SCALES, "multipliers": RESIDUAL}),
     "GraniteMoeHybrid tied": ("attn mlp ssm mlp", {"tie_embeddings": True}),
+    "GraniteMoeHybrid alone": ("2 * (even_nope mlp)", {}),
     "GraniteMoeHybrid without attention": ("2 * (ssm mlp)", {}),
 }
 """Pattern and settings of the model; the first word is the class it must go to."""

@@ -10,6 +10,7 @@ import pytest
 from lmtrain.errors import UsageError
 from lmtrain.hub.match import CLASSES, match, require
 from lmtrain.hub.table import KNOWN, HubClass
+from lmtrain.model.block import Multipliers
 from lmtrain.model.branch import BRANCHES as KINDS
 from lmtrain.model.config import ModelConfig
 from tests.hub.models import BRANCHES, MODELS, VOCAB, config
@@ -52,6 +53,29 @@ NEAR_MISSES: list[tuple[str, str, dict[str, Any], dict[str, dict[str, Any]], str
         "NemotronH",
         "mlp.d_ff differs between layers",
     ),
+    *(
+        (what, pattern, {"norm_eps": 1e-6}, changes, "Qwen3Next", reason)
+        for what, pattern, changes, reason in [
+            ("two eps", "delta mlp", {"delta": {"norm_eps": 1e-5}}, "gated_deltanet.norm_eps is 1e-05 and"),
+            ("no gate", "delta mlp gated mlp", {"gated": {"output_gate": False}}, "attention.output_gate is false"),
+            ("negative", "delta mlp", {"delta": {"negative_eigenvalues": True}}, "gated_deltanet.negative_eigenvalues"),
+            ("open shared", "delta gated_moe", {"gated_moe": {"shared_gate": False}}, "moe.shared_gate is false"),
+            ("biased", "delta gated_moe", {"gated_moe": {"balance": "bias"}}, "moe.balance is bias, its router"),
+            ("reversed", "mlp delta", {}, "the order is not (gated_deltanet or attention) then (mlp or moe)"),
+        ]
+    ),
+    ("dense last", "latent grouped latent mlp", {}, {}, "DeepseekV3", "mlp stands after moe"),
+    ("NoPE", "latent mlp nope_latent mlp", {}, {}, "DeepseekV3", "mla.rope is false, it has true"),
+    ("shared", "latent grouped", {}, {"grouped": {"d_shared": 20}}, "DeepseekV3", "are 40 wide together"),
+    ("two shared", "latent grouped latent sigmoid_moe", {}, {}, "DeepseekV3", "moe.num_shared differs between layers"),
+    ("groups of one", "latent grouped", {}, {"grouped": {"num_groups": 8, "top_groups": 4}}, "DeepseekV3", "needs two"),
+    ("turning", "kda mlp latent mlp", {}, {}, "KimiLinear", "mla.rope is true, it has false"),
+    ("no sinks", "sinks oss_moe", {}, {"sinks": {"sinks": False}}, "GptOss", "attention.sinks is false"),
+    ("windows", "sinks oss_moe sinks_local oss_moe", {}, {"sinks": {"window": 9}}, "GptOss", "windows of 9, 20"),
+    ("wide heads", "ssm + nope mlp", {}, {"nope": {"rope": True}}, "FalconH1", "attention.head_dim is 24, it has"),
+    ("skip", "ssm + attn mlp", {"multipliers": {"mlp": Multipliers(skip=0.5)}}, {}, "FalconH1", "mlp.skip is 0.5"),
+    ("partly moe", "ssm mlp even_nope shared_moe", {}, {}, "GraniteMoeHybrid", "both mlp and moe"),
+    ("one factor", "ssm mlp", {"multipliers": {"ssm": Multipliers(output=0.5)}}, {}, "GraniteMoeHybrid", "differ"),
 ]
 
 

@@ -27,7 +27,11 @@ from lmtrain.ops.documents import Documents
 from tests.hub.models import MODELS, build, config, random_tokens, tokenizer
 
 SCRIPT = Path(verify.__file__).with_name("verify_export.py")
-BF16 = ("Llama", "NemotronH moe")
+BF16 = ("Llama", "NemotronH moe", "Qwen3Next")
+GRADIENTS = (
+    *("Llama", "Mistral", "Qwen3", "Mamba2", "NemotronH", "NemotronH moe"),
+    *("DeepseekV3", "GptOss", "FalconH1", "GraniteMoeHybrid tied"),
+)
 
 
 def written(folder: Path, name: str, cls: HubClass | None = None, dtype: torch.dtype = torch.float32) -> Check:
@@ -70,7 +74,7 @@ def test_cached_generation_where_the_class_can(loaded: Mapping[str, Loaded], nam
     assert loaded[name].cached is (None if "without attention" in name else True)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen3", "Mamba2", "NemotronH", "NemotronH moe"])
+@pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_are_equal(loaded: Mapping[str, Loaded], folder: Path, name: str) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -99,13 +103,16 @@ def test_gradients_are_equal(loaded: Mapping[str, Loaded], folder: Path, name: s
 
 
 def gradient(parameters: dict[str, torch.nn.Parameter], key: str) -> Tensor | None:
-    """Of a tensor on disk: NemotronH holds it under another prefix and experts in one tensor; None for buffers."""
+    """Of a tensor on disk: experts are one tensor or two, NemotronH has another prefix; None for buffers."""
     if key not in parameters:
         key = key.replace("backbone.", "model.")
-    if ".experts." in key:
+    if key not in parameters and ".experts." in key:
         before, _, rest = key.partition(".experts.")
-        number, _, matrix = rest.partition(".")
-        return parameters[f"{before}.experts.{matrix.removesuffix('.weight')}"].grad[int(number)]  # type: ignore[index]
+        number, _, matrix = rest.removesuffix(".weight").partition(".")
+        fused = parameters.get(f"{before}.experts.gate_up_proj")
+        if fused is not None and matrix != "down_proj":
+            return fused.grad[int(number)].chunk(2)[matrix == "up_proj"]  # type: ignore[index]
+        return parameters[f"{before}.experts.{matrix}"].grad[int(number)]  # type: ignore[index]
     return parameters[key].grad if key in parameters else None
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lmtrain.errors import DataError
 from lmtrain.hub.match import require
-from lmtrain.hub.table import to_disk, to_ours
+from lmtrain.hub.table import LESS_ONE, to_disk, to_ours
 from lmtrain.hub.weights import INDEX, read_weights, write_weights
 from tests.hub.models import MODELS, build, config, shapes
 
@@ -56,6 +56,19 @@ def test_bfloat16_keeps_decays_and_routers_in_fp32(tmp_path: Path) -> None:
     kept = {name.rpartition("mixer.")[2] for name, tensor in disk.items() if tensor.dtype == torch.float32}
     assert kept == {"A_log", "dt_bias", "D", "gate.weight", "gate.e_score_correction_bias"}
     assert torch.equal(disk["backbone.layers.0.mixer.A_log"], model.state_dict()["blocks.0.branch.decay.A_log"])
+
+
+def test_a_norm_kept_as_w_less_one_comes_back() -> None:
+    """Bit for bit from 1/2 on; a smaller weight to what the class computes with, which then comes back bit for bit."""
+    large, small = torch.linspace(0.5, 9, 10**5), torch.linspace(-9, 0.5, 10**5)
+
+    def there_and_back(w: torch.Tensor) -> torch.Tensor:
+        return LESS_ONE.to_ours(LESS_ONE.to_disk([w]), [w.shape])[0]
+
+    assert torch.equal(there_and_back(large), large)
+    once = there_and_back(small)
+    assert ((once - small).abs() <= 2**-24 * (1 + small.abs())).all()
+    assert torch.equal(there_and_back(once), once)
 
 
 def test_import_is_strict() -> None:

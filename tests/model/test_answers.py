@@ -158,7 +158,7 @@ def test_nothing_is_carried_unless_asked(variant: str) -> None:
         ),
         (lambda: AttentionConfig(8).width(8), "attention: rope needs an even head_dim, got 1"),
         (lambda: Mamba2Config(chunk=0), "mamba2: chunk: expected at least 1, got 0"),
-        (lambda: Mamba2Config(conv_width=1), "mamba2: conv_width: expected at least 2, got 1"),
+        (lambda: Mamba2Config(conv_width=1), "mamba2: conv_width: expected 2 to 16, got 1"),
         (lambda: Mamba2Config(head_dim=5).check(8), "mamba2: head_dim 5 does not divide the inner width 16"),
         (lambda: Mamba2Config(head_dim=4, num_groups=3).check(8), "mamba2: num_groups 3 does not divide the 4 heads"),
         (lambda: MLPConfig(0), "mlp: d_ff: expected at least 1, got 0"),

@@ -186,7 +186,7 @@ def test_initial_values(settings) -> None:  # type: ignore[no-untyped-def]
     ("make", "says"),
     [
         (lambda: DeltaNetConfig(num_heads=0), "deltanet: num_heads: expected at least 1, got 0"),
-        (lambda: DeltaNetConfig(conv_width=1), "deltanet: conv_width: expected at least 2, got 1"),
+        (lambda: DeltaNetConfig(conv_width=1), "deltanet: conv_width: expected 2 to 16, got 1"),
         (
             lambda: GatedDeltaNetConfig(num_heads=4, num_value_heads=6),
             "gated_deltanet: num_heads 4 does not divide num_value_heads 6; 3 does",

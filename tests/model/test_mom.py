@@ -240,7 +240,7 @@ def test_model_flops_count_the_memories_used() -> None:
     [
         (lambda: MoMConfig(num_memories=2, top_k=3), "mom: top_k: expected at most num_memories 2, got 3"),
         (lambda: MoMConfig(top_k=0), "mom: top_k: expected at least 1, got 0"),
-        (lambda: MoMConfig(conv_width=1), "mom: conv_width: expected at least 2, got 1"),
+        (lambda: MoMConfig(conv_width=1), "mom: conv_width: expected 2 to 16, got 1"),
         (lambda: MoMConfig(aux_weight=-0.1), "mom: aux_weight: expected at least 0, got -0.1"),
     ],
 )

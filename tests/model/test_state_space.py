@@ -178,7 +178,7 @@ def test_mimetic_initial_values(make: Any) -> None:
         (lambda: MambaConfig(dt_rank=0), "mamba: dt_rank: expected at least 1, got 0"),
         (lambda: MambaConfig(mimetic_length=0), "mamba: mimetic_length: expected at least 1, got 0"),
         (lambda: Mamba2Config(mimetic_length=0), "mamba2: mimetic_length: expected at least 1, got 0"),
-        (lambda: LonghornConfig(conv_width=1), "longhorn: conv_width: expected at least 2, got 1"),
+        (lambda: LonghornConfig(conv_width=1), "longhorn: conv_width: expected 2 to 16, got 1"),
         (lambda: S4DConfig(d_state=7), "s4d: d_state: expected an even number of at least 2, got 7; use 8"),
         (lambda: S4DConfig(d_state=0), "s4d: d_state: expected an even number of at least 2, got 0; use 2"),
     ],

@@ -28,10 +28,11 @@ FLAGS = "-O1 -g1 -fsanitize=address -fno-omit-frame-pointer"
 def build() -> None:
     """The library with AddressSanitizer, in a folder of its own."""
     tools = Path(sys.executable).parent
-    configure = [tools / "cmake", "-G", "Ninja", "-S", ROOT / "csrc", "-B", BUILD, "-DLM_CUDA=off"]
+    configure: list[str | Path] = [tools / "cmake", "-G", "Ninja", "-S", ROOT / "csrc", "-B", BUILD, "-DLM_CUDA=off"]
     configure += [f"-DCMAKE_CXX_FLAGS_RELEASE={FLAGS}", f"-DPython_EXECUTABLE={sys.executable}"]
     configure += [f"-DCMAKE_MAKE_PROGRAM={tools / 'ninja'}"]
-    for command in (configure, [tools / "cmake", "--build", BUILD]):
+    compile_all: list[str | Path] = [tools / "cmake", "--build", BUILD]
+    for command in (configure, compile_all):
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
         if done.returncode:
             sys.exit(done.stdout)
@@ -58,7 +59,8 @@ def run_in_sanitizer(arguments: list[str], unit: str) -> int:
     }
     command = [sys.executable, __file__, *arguments, "--unit", unit]
     LAST_CALL.unlink(missing_ok=True)
-    after, faults = [], 0
+    after: list[str] = []
+    faults = 0
     while status := subprocess.run([*command, *after], env=os.environ | settings, check=False).returncode:
         faults += 1
         if not LAST_CALL.exists():
@@ -100,7 +102,7 @@ class Arguments:
         if kind == "Tensor":
             return self.tensor(argument.name, None if wild else shape)
         if kind == "int":
-            tame = self.random.choice((1, 1, 1, 2, 3, 8, 16, 64))
+            tame = self.known_size(shape) if shape else self.random.choice((1, 1, 1, 2, 3, 8, 16, 64))
             return self.random.choice((-(2**63), -1, 0, 2**31, 2**40, 2**62, 2**63 - 1)) if wild else tame
         if kind == "float":
             return self.random.choice((0.0, -1.0, float("nan"), float("inf"), 1e308)) if wild else 1e-5
@@ -130,12 +132,12 @@ class Arguments:
         return self.layout(self.filled(sizes, dtype))
 
     def known_size(self, part: str) -> int:
-        """Of ``B`` (a letter of this call), ``T/64`` and ``T+1/64`` (chunks, the last may be short) or ``3``."""
-        if part.isdigit():
-            return int(part)
-        length, _, chunk = part.partition("/")
-        letter, _, more = length.partition("+")
-        return -(-(self.sizes[letter] + int(more or 0)) // int(chunk or 1))
+        """Of ``B`` (a letter of this call), ``T/64``, ``T+1/C`` (chunks), ``V/16*16`` (whole chunks) or ``3``."""
+        count, _, times = part.partition("*")
+        length, _, chunk = count.partition("/")
+        length, _, more = length.partition("+")
+        whole, step = (self.sizes[n] if n in self.sizes else int(n or 1) for n in (length, chunk))
+        return -(-(whole + int(more or 0)) // max(step, 1)) * int(times or 1)
 
     def fitting(self, sizes: list[int]) -> list[int]:
         """Few enough elements for a call to be quick; the size that was cut is cut for the whole call."""
@@ -182,12 +184,13 @@ KNOWN: dict[str, dict[str, str]] = {
     "delta": SCAN | KEYED | {"beta": "B T H", "log_decay": "B T H", "wrong": "B T H V", "entering": "B H T+1/32 K V"},
     "ssd": {
         "x": "B T H V", "grad_y": "B T H V", "log_a": "B T H", "b": "B T 1 K", "c": "B T 1 K", "B": "B T 1 K",
-        "C": "B T 1 K", "starts": "B T", "initial_state": "B H K V", "grad_state": "B H K V", "grad_final": "B H K V",
+        "C": "B T 1 K", "starts": "B T", "initial_state": "B H K V", "grad_final": "B H K V", "chunk": "C",
+        "states": "B T/C H K V/16*16",
     },
     "selective_scan": {
         "x": "B T D", "dt": "B T D", "a": "D N", "A": "D N", "b": "B T 1 N", "c": "B T 1 N", "B": "B T 1 N",
         "C": "B T 1 N", "starts": "B T", "initial_state": "B D N", "grad_y": "B T D", "grad_state": "B D N",
-        "grad_final": "B D N", "checkpoints": "B T/64 N D",
+        "grad_final": "B D N", "checkpoints": "B T/32 N D",
     },
     "diag_scan": {
         "x": "B T D", "log_a": "B T D", "starts": "B T", "initial_state": "B D", "grad_y": "B T D", "h": "B T D",
@@ -197,7 +200,7 @@ KNOWN: dict[str, dict[str, str]] = {
         "x": "B T C", "weight": "C 4", "bias": "C", "positions": "B T", "tail": "B 3 C", "grad_y": "B T C",
         "grad_tail": "B 3 C",
     },
-    "rmsnorm": {"x": "B T D", "weight": "D", "gate": "B T D", "grad_y": "B T D", "rstd": "B T 1"},
+    "rmsnorm": {"x": "B D", "weight": "D", "gate": "B D", "grad_y": "B D", "rstd": "B 1", "num_groups": "1"},
     "wkv4": {
         "v": "B T D", "k": "B T D", "w": "D", "u": "D", "starts": "B T", "initial_state": "B 3 D", "grad_y": "B T D",
         "grad_state": "B 3 D", "grad_final": "B 3 D",

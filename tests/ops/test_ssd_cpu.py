@@ -126,6 +126,7 @@ def test_matches_definition(length: int, decay: float, borders: tuple[int, ...] 
         {"length": 66, "heads": 3, "groups": 1, "head_dim": 33, "d_state": 17},
         {"length": 40, "heads": 1, "groups": 1, "head_dim": 1, "d_state": 1},
         {"length": 80, "head_dim": 20, "d_state": 48},
+        {"length": 70, "heads": 21, "groups": 1, "head_dim": 4, "d_state": 8},
     ],
     ids=str,
 )
@@ -197,8 +198,10 @@ def test_bf16_values_are_computed_in_fp32() -> None:
     assert_close(got, run(half, docs, "definition"), 1e-2)
 
 
-def test_same_bits_for_any_thread_count() -> None:
-    tensors, docs = inputs(700, heads=6, dtype=torch.float32), documents((100, 101, 500), 700)
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (22, 1)])
+def test_same_bits_for_any_thread_count(heads: int, groups: int) -> None:
+    tensors = inputs(700, heads=heads, groups=groups, dtype=torch.float32)
+    docs = documents((100, 101, 500), 700)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -370,6 +373,16 @@ def test_bad_input_is_one_line(argument: str, value: object, says: str) -> None:
     arguments = [keywords.pop(name) for name in good]
     with pytest.raises(ValueError, match=f"^ssd: {says}"):
         ssd(*arguments, **keywords)
+
+
+def test_no_heads() -> None:
+    b = torch.zeros(1, 1, 1, 3)
+    with pytest.raises(ValueError, match=r"^ssd: x: expected at least one head, got 0$"):
+        ssd(torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0), b, b)
+    state, states = torch.zeros(1, 0, 3, 2), torch.zeros(1, 0, 0, 3, 16)
+    x, log_a = torch.zeros(1, 1, 0, 2), torch.zeros(1, 1, 0)
+    with pytest.raises(RuntimeError, match="ssd: x: expected at least one head"):
+        torch.ops.lmtrain.ssd_backward(x, state, x, log_a, b, b, None, None, states, 8)
 
 
 def test_groups_must_divide_the_heads() -> None:

@@ -5,11 +5,11 @@
 //   grad_v      = grad_wrong                         grad_beta = rows of solved wrong summed
 //   grad_P      = gy u^T                             grad_A = -grad_wrong u^T
 //   grad_q      = enter (gy S^T) + (D grad_P) k
-//   grad_k      = -enter (grad_wrong S^T) + leave (u G^T) + (D grad_P)^T q + (D grad_A) k + (D grad_A)^T k
+//   grad_k      = leave (u G^T) - enter (grad_wrong S^T) + (D grad_P)^T q + (D grad_A + (D grad_A)^T) k
 //   grad_S      = e^{all} G + q^T (enter gy) - k^T (enter grad_wrong)
 //
-// The gradient of a log decay sums what every pair of a writer before its token and a reader at it or later contributes,
-// where S is a writer before the piece and G a reader after it.
+// The gradient of a log decay sums what every pair of a writer before its token and a reader at it or later
+// contributes, where S is a writer before the piece and G a reader after it.
 #include "delta/cpu/task.h"
 #include "simd/lanes.h"
 
@@ -133,8 +133,9 @@ struct Backward : Task<IO> {
                     const Vec row = copy_in<Vec>(d.at + j, lanes), before = d.is(i, j) ? Vec{} : row;
                     const Vec query = copy_in<Vec>(grad_by_query + at, lanes);
                     const Vec key = copy_in<Vec>(grad_by_key + at, lanes);
-                    const Vec both = query * copy_in<Vec>(by_query + at, lanes) + key * copy_in<Vec>(by_key + at, lanes);
-                    const Vec pair = d.is(i, j) ? Vec{} : both;
+                    Vec pair = query * copy_in<Vec>(by_query + at, lanes);
+                    pair += key * copy_in<Vec>(by_key + at, lanes);
+                    pair = d.is(i, j) ? Vec{} : pair;
                     copy_out(grad_by_query + at, row * query, lanes);
                     copy_out(grad_by_key + at, -before * key, lanes);
                     copy_out(writes + j, copy_in<Vec>(writes + j, lanes) + pair, lanes);

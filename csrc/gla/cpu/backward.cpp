@@ -72,10 +72,10 @@ struct Backward {
         w.load(piece);
         w.template sweep<true>();
         const T* grad_y_rows = w.at(p.grad_y, p.value_dim);
-        pack<IO>(k, w.at(p.k, p.key_dim), w.key_stride, piece.count, p.key_dim);
-        pack<IO>(grad_y, grad_y_rows, w.value_stride, piece.count, p.value_dim);
-        transpose(grad_yt, kPiece, grad_y_rows, w.value_stride, piece.count, p.value_dim);
-        transpose(vt, kPiece, w.at(p.v, p.value_dim), w.value_stride, piece.count, p.value_dim);
+        pack<IO>(k, key_width, w.at(p.k, p.key_dim), w.key_stride, piece.count, p.key_dim);
+        pack<IO>(grad_y, width, grad_y_rows, w.value_stride, piece.count, p.value_dim);
+        transpose<IO>(grad_yt, kPiece, grad_y_rows, w.value_stride, piece.count, p.value_dim);
+        transpose<IO>(vt, kPiece, w.at(p.v, p.value_dim), w.value_stride, piece.count, p.value_dim);
         write_grad_v();
         for_tiles<IO>(0, piece.count, kPiece, [&](auto& tile, int64_t i, int64_t j) LM_INLINE {
             tile.add(grad_y + i * width, width, 1, vt + j, kPiece, p.value_dim);
@@ -110,7 +110,7 @@ struct Backward {
             tile.add(state + key * width, width, 1, right + i, kPiece, p.value_dim);
             tile.store(keys_t + key * kPiece + i, kPiece);
         });
-        transpose(to, key_width, keys_t, kPiece, p.key_dim, w.piece.count);
+        transpose<IO>(to, key_width, keys_t, kPiece, p.key_dim, w.piece.count);
     }
 
     T dot(const T* left, const T* right) const {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "gla/kernel.h"
-#include "ssd/cpu/panel.h"
+#include "simd/panel.h"
 #include "simd/tile.h"
 
 namespace {
@@ -59,7 +59,7 @@ struct Window {
 
     void move_to(int64_t task) {
         row = task / p.heads, head = task % p.heads;
-        if (p.u) pack<IO>(u, static_cast<const T*>(p.u) + head * p.key_dim, 0, 1, p.key_dim);
+        if (p.u) pack<IO>(u, key_width, static_cast<const T*>(p.u) + head * p.key_dim, 0, 1, p.key_dim);
     }
 
     // The piece's first token in a tensor [batch, length, heads, columns].
@@ -81,9 +81,9 @@ struct Window {
 
     void load(const Piece& to) {
         piece = to;
-        pack<IO>(q, at(p.q, p.key_dim), key_stride, piece.count, p.key_dim);
-        pack<IO>(decay, at(p.g, p.key_dim), key_stride, piece.count, p.key_dim);
-        pack<IO>(values, at(p.v, p.value_dim), value_stride, piece.count, p.value_dim);
+        pack<IO>(q, key_width, at(p.q, p.key_dim), key_stride, piece.count, p.key_dim);
+        pack<IO>(decay, key_width, at(p.g, p.key_dim), key_stride, piece.count, p.key_dim);
+        pack<IO>(values, width, at(p.v, p.value_dim), value_stride, piece.count, p.value_dim);
         for (int64_t k = 0; k < key_width; k += lanes) {
             Vec entered = splat<Vec>(T(1));
             for (int64_t i = 0; i < piece.count; ++i) {
@@ -97,7 +97,7 @@ struct Window {
                 copy_out(read + to, copy_in<Vec>(q + to, lanes) * (p.u ? before : entered), lanes);
             }
         }
-        transpose(keys, kPiece, at(p.k, p.key_dim), key_stride, piece.count, p.key_dim);
+        transpose<IO>(keys, kPiece, at(p.k, p.key_dim), key_stride, piece.count, p.key_dim);
         for (int64_t k = 0; k < p.key_dim; ++k) {
             for (int64_t i = piece.count; i < kPiece; ++i) keys[k * kPiece + i] = 0;
         }
@@ -163,7 +163,7 @@ struct Window {
     // `state` [key_dim, width] from this head of a tensor [batch, heads, key_dim, value_dim], or zeros.
     void read_state(T* state, const void* tensor) const {
         const int64_t size = p.key_dim * p.value_dim;
-        if (tensor) pack<IO>(state, of_head(tensor, size), p.value_dim, p.key_dim, p.value_dim);
+        if (tensor) pack<IO>(state, width, of_head(tensor, size), p.value_dim, p.key_dim, p.value_dim);
         else std::memset(state, 0, p.key_dim * width * sizeof(T));
     }
 

@@ -3,7 +3,7 @@
 
 #include "simd/vector.h"
 
-#if LM_LANES > 4
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -43,13 +43,16 @@ struct StepTable {
 constexpr StepTable kStepTable;
 
 inline VecU step_power(VecU shifted) {
+    // the low bits of `shifted` choose; the source may be compiled with more lanes than the CPU's vectors have
+#if LM_LANES == 16 && defined(__AVX512F__)
     const VecU table = copy_in<VecU>(kStepTable.bits, LM_LANES);
-#if LM_LANES == 16
     const VecU power = (VecU)_mm512_maskz_permutexvar_epi32(0xffff, (__m512i)shifted, (__m512i)table);
-#elif LM_LANES == 8
+#elif LM_LANES == 8 && defined(__AVX2__)
+    const VecU table = copy_in<VecU>(kStepTable.bits, LM_LANES);
     const VecU power = (VecU)_mm256_permutevar8x32_epi32((__m256i)table, (__m256i)shifted);
 #else
-    const VecU power = table;
+    VecU power;
+    for (int i = 0; i < LM_LANES; ++i) power[i] = kStepTable.bits[shifted[i] % kSteps];
 #endif
     return power + (shifted << (23 - kStepBits));
 }

@@ -12,16 +12,6 @@
 namespace {
 
 template <typename IO>
-inline typename IO::Compute sum_lanes(typename IO::Vec values) {
-    typename IO::Compute lane[kLanes<IO>];
-    copy_out(lane, values, kLanes<IO>);
-    for (int half = kLanes<IO> / 2; half > 0; half /= 2) {
-        for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
-    }
-    return lane[0];
-}
-
-template <typename IO>
 struct Backward {
     using T = typename IO::Compute;
     using Vec = typename IO::Vec;
@@ -30,17 +20,17 @@ struct Backward {
     const Params& p;
     const int64_t width = padded(p.head_dim), key_width = padded(p.d_state), state_size = p.d_state * width;
     const int64_t key_stride = p.groups * p.d_state, value_stride = p.heads * p.head_dim;
-    T* grad_states;  // [kHeads, d_state, width]
+    T* grad_states;  // [heads, d_state, width]
     // of a piece and group; a name ending in t is transposed, its rows kChunk long
     T *b, *c, *bt, *ct, *scores, *grad_bt, *grad_ct, *grad_scores;
     // of a head; values is first x, then grad_y
-    T *values, *grad_yt, *xt, *weights;
+    const T *next_x, *next_grad_y;  // what is read next
+    T *values, *grad_yt, *xt, *weights, *read_sums;  // read_sums: [kChunk, lanes]
     // of a head: what tokens contribute to the gradient of log_a, as readers and writers of the piece and of states
     alignas(64) T reads[kChunk], writes[kChunk], reads_state[kChunk], writes_state[kChunk];
 
     Backward(const Params& params, T* memory) : p(params) {
         Scratch<T> scratch{memory};
-        grad_states = scratch.take(kHeads * state_size);
         b = scratch.take(kChunk * key_width);
         c = scratch.take(kChunk * key_width);
         bt = scratch.take(kChunk * p.d_state);
@@ -53,48 +43,61 @@ struct Backward {
         values = scratch.take(kChunk * width);
         grad_yt = scratch.take(kChunk * p.head_dim);
         xt = scratch.take(kChunk * p.head_dim);
+        read_sums = scratch.take(kChunk * lanes);
+        grad_states = scratch.next;
     }
 
-    void run(int64_t row, int64_t group, int64_t block) {
-        const int64_t size = p.heads / p.groups, first_head = group * size + block * kHeads;
-        const int64_t heads = least(kHeads, size - block * kHeads), begin = p.first[row], end = p.first[row + 1];
-        for (int64_t h = 0; h < heads; ++h) {
-            read_state<IO>(p, grad_states + h * state_size, p.grad_final, row, first_head + h);
+    // Heads of blocks [from, to) of a group; all of them piece after piece, since they share B, C and memory pages.
+    void run(int64_t row, int64_t group, int64_t from, int64_t to) {
+        const int64_t size = p.heads / p.groups, first = group * size + from * kHeads;
+        const int64_t last = group * size + least(to * kHeads, size), begin = p.first[row], end = p.first[row + 1];
+        for (int64_t head = first; head < last; ++head) {
+            read_state<IO>(p, grad_states + (head - first) * state_size, p.grad_final, row, head);
         }
-        for (int64_t k = end - 1; k >= begin; --k) run_piece(p.pieces[k], group, block, first_head, heads);
-        const bool acts = begin == end || p.pieces[begin].slot != kNone;  // the state before the row
-        if (!acts) std::memset(grad_states, 0, heads * state_size * sizeof(T));
-        for (int64_t h = 0; h < heads; ++h) {
-            write_state(p, p.grad_initial, row, first_head + h, grad_states + h * state_size);
+        for (int64_t k = end - 1; k >= begin; --k) {
+            run_piece(p.pieces[k], p.pieces[k > begin ? k - 1 : k], group, from, first, last);
+        }
+        const bool acts = begin == end || p.pieces[begin].slot != Piece::kNone;  // the state before the row
+        if (!acts) std::memset(grad_states, 0, (last - first) * state_size * sizeof(T));
+        for (int64_t head = first; head < last; ++head) {
+            write_state(p, p.grad_initial, row, head, grad_states + (head - first) * state_size);
         }
     }
 
-    void run_piece(const Piece& piece, int64_t group, int64_t block, int64_t first_head, int64_t heads) {
+    // Heads [first, last), the first being that of a block; `next` is the piece after this, or this.
+    void run_piece(const Piece& piece, const Piece& next, int64_t group, int64_t block, int64_t first, int64_t last) {
         const T* keys = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
         const T* queries = at_piece<const T>(p, piece, p.c, p.groups, group, p.d_state);
-        pack<IO>(b, keys, key_stride, piece.count, p.d_state);
-        pack<IO>(c, queries, key_stride, piece.count, p.d_state);
-        transpose_piece(bt, b, key_width, piece.count, p.d_state);
-        transpose_piece(ct, c, key_width, piece.count, p.d_state);
+        pack<IO>(b, key_width, keys, key_stride, piece.count, p.d_state);
+        pack<IO>(c, key_width, queries, key_stride, piece.count, p.d_state);
+        transpose_padded<IO>(bt, kChunk, b, key_width, piece.count, p.d_state);
+        transpose_padded<IO>(ct, kChunk, c, key_width, piece.count, p.d_state);
         piece_scores<IO>(p, piece, bt, ct, scores);
-        std::memset(grad_bt, 0, kChunk * p.d_state * sizeof(T));
-        std::memset(grad_ct, 0, kChunk * p.d_state * sizeof(T));
-        std::memset(grad_scores, 0, kChunk * kChunk * sizeof(T));
-        for (int64_t h = 0; h < heads; ++h) {
-            run_head(piece, first_head + h, entering<T>(p, piece, first_head + h), grad_states + h * state_size);
+        for (int64_t from = first; from < last; from += kHeads, ++block) {
+            std::memset(grad_bt, 0, kChunk * p.d_state * sizeof(T));
+            std::memset(grad_ct, 0, kChunk * p.d_state * sizeof(T));
+            std::memset(grad_scores, 0, kChunk * kChunk * sizeof(T));
+            for (int64_t head = from; head < least(from + kHeads, last); ++head) {
+                const bool turn = head + 1 == last;  // to the next piece's first head
+                const Piece& soon = turn ? next : piece;
+                next_x = at_piece<const T>(p, soon, p.x, p.heads, turn ? first : head + 1, p.head_dim);
+                next_grad_y = at_piece<const T>(p, soon, p.grad_y, p.heads, turn ? first : head + 1, p.head_dim);
+                run_head(piece, head, entering<T>(p, piece, head), grad_states + (head - first) * state_size);
+            }
+            write_grad_keys(piece, group, block);
         }
-        write_grad_keys(piece, group, block);
     }
 
     // `grad_state` is the gradient of the state after the piece, and becomes that of the state before it.
     void run_head(const Piece& piece, int64_t head, const T* state, T* grad_state) {
-        const Decay<IO> decay(at_piece<const T>(p, piece, p.log_a, p.heads, head, 1), p.heads, piece.count, !state);
+        const T* log_a = at_piece<const T>(p, piece, p.log_a, p.heads, head, 1);
+        const Decay<IO, kChunk> decay(log_a, p.heads, piece.count, !state);
         const T* x = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
         const T* grad_y = at_piece<const T>(p, piece, p.grad_y, p.heads, head, p.head_dim);
         const T* leaving = piece.leaves ? grad_state : nullptr;
-        pack<IO>(values, grad_y, value_stride, piece.count, p.head_dim);
-        transpose_piece(grad_yt, values, width, piece.count, p.head_dim);
-        transpose_piece(xt, x, value_stride, piece.count, p.head_dim);
+        pack<IO>(values, width, grad_y, value_stride, piece.count, p.head_dim);
+        transpose_padded<IO>(grad_yt, kChunk, values, width, piece.count, p.head_dim);
+        transpose_padded<IO>(xt, kChunk, x, value_stride, piece.count, p.head_dim);
 
         within_piece(piece, decay);
         write_grad_x(piece, head, leaving, decay);
@@ -105,7 +108,7 @@ struct Backward {
         if (leaving && state && decay.total() != 0) across = decay.total() * dot(state, leaving);
         if (state) {
             through_state(piece, state, grad_yt, ct, decay.enter, grad_ct, reads_state);
-            scale_rows<IO>(values, piece.count, width, decay.enter);
+            scale_rows<IO>(values, width, piece.count, p.head_dim, decay.enter);
             step_state<IO>(p, grad_state, leaving, decay.total(), c, key_width, values, piece.count);
         }
         write_grad_log_a(piece, head, across);
@@ -113,8 +116,8 @@ struct Backward {
 
     // U, and from it: grad_scores += D U, reads and writes = row and column sums of D U scores left of the diagonal.
     // weights = D scores.
-    void within_piece(const Piece& piece, const Decay<IO>& decay) {
-        DecayRow<IO> row;
+    void within_piece(const Piece& piece, const Decay<IO, kChunk>& decay) {
+        DecayRow<IO, kChunk> row;
         std::memset(writes, 0, sizeof(writes));
         for (int64_t block = 0; block < piece.count; block += kBlock) {
             const int64_t end = least(block + kBlock, piece.count), columns = block + kBlock;
@@ -135,22 +138,27 @@ struct Backward {
                     copy_out(writes + j, copy_in<Vec>(writes + j, lanes) + pair, lanes);
                     read += pair;
                 }
-                reads[i] = sum_lanes<IO>(read);
+                copy_out(read_sums + i * lanes, read, lanes);
             }
         }
+        write_row_sums<IO>(reads, read_sums, piece.count, false);
     }
 
-    void write_grad_x(const Piece& piece, int64_t head, const T* grad_state, const Decay<IO>& decay) {
+    void write_grad_x(const Piece& piece, int64_t head, const T* grad_state, const Decay<IO, kChunk>& decay) {
         T* grad_x = at_piece<T>(p, piece, p.grad_x, p.heads, head, p.head_dim);
         for (int64_t block = 0; block < piece.count; block += kBlock) {
             const int64_t end = least(block + kBlock, piece.count);
             for_tiles<IO>(block, end, p.head_dim, [&](auto& tile, int64_t j, int64_t column) LM_INLINE {
+                const int64_t at = j * value_stride + column;
+                tile.template prefetch<true>(grad_x + at, value_stride);
+                tile.template prefetch<false>(next_x + at, value_stride);
+                tile.template prefetch<false>(next_grad_y + at, value_stride);
                 if (grad_state) {
                     tile.add(bt + j, 1, kChunk, grad_state + column, width, p.d_state);
                     tile.scale_rows(decay.leave + j);
                 }
                 tile.add(weights + j * kChunk + j, 1, kChunk, values + j * width + column, width, piece.count - j);
-                tile.store(grad_x + j * value_stride + column, value_stride, p.head_dim - column);
+                tile.store(grad_x + at, value_stride, p.head_dim - column);
             });
         }
     }
@@ -208,8 +216,8 @@ struct Backward {
         const int64_t offset = block_of_heads * p.batch * p.length * key_stride;
         T* grad_b = at_piece<T>(p, piece, p.grad_b, p.groups, group, p.d_state) + offset;
         T* grad_c = at_piece<T>(p, piece, p.grad_c, p.groups, group, p.d_state) + offset;
-        transpose(grad_b, key_stride, grad_bt, kChunk, p.d_state, piece.count);
-        transpose(grad_c, key_stride, grad_ct, kChunk, p.d_state, piece.count);
+        transpose<IO>(grad_b, key_stride, grad_bt, kChunk, p.d_state, piece.count);
+        transpose<IO>(grad_c, key_stride, grad_ct, kChunk, p.d_state, piece.count);
         for (int64_t block = 0; block < piece.count; block += kBlock) {
             const int64_t end = least(block + kBlock, piece.count);
             for_tiles<IO>(block, end, p.d_state, [&](auto& tile, int64_t i, int64_t n) LM_INLINE {
@@ -228,8 +236,10 @@ template <typename IO, typename T = typename IO::Compute>
 void backward(const Params& p, int64_t from, int64_t to, T* scratch) {
     Backward<IO> task(p, scratch);
     const int64_t count = blocks(p);
-    for (int64_t index = from; index < to; ++index) {
-        task.run(index / count / p.groups, index / count % p.groups, index % count);
+    while (from < to) {
+        const int64_t block = from % count, end = least(to, least(from - block + count, from + kBlocks));
+        task.run(from / count / p.groups, from / count % p.groups, block, block + end - from);
+        from = end;
     }
 }
 

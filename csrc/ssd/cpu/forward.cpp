@@ -9,6 +9,7 @@ struct Forward {
 
     const Params& p;
     const int64_t width = padded(p.head_dim), state_size = p.d_state * width, group_size = p.heads / p.groups;
+    const int64_t value_stride = p.heads * p.head_dim;
     T *final_state, *bt, *ct, *scores, *x, *weights;  // bt, ct: B and C transposed
 
     Forward(const Params& params, T* memory) : p(params) {
@@ -28,20 +29,23 @@ struct Forward {
         int64_t slots = 0;
         for (int64_t k = begin; k < end; ++k) {
             const Piece& piece = p.pieces[k];
-            slots += piece.slot != kNone;
+            slots += piece.slot != Piece::kNone;
             for (int64_t head = from; head < to; ++head) {
                 const int64_t group = head / group_size;
                 if (head == from || head % group_size == 0) {
                     const T* b = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
                     const T* c = at_piece<const T>(p, piece, p.c, p.groups, group, p.d_state);
-                    transpose_piece(bt, b, p.groups * p.d_state, piece.count, p.d_state);
-                    transpose_piece(ct, c, p.groups * p.d_state, piece.count, p.d_state);
+                    transpose_padded<IO>(bt, kChunk, b, p.groups * p.d_state, piece.count, p.d_state);
+                    transpose_padded<IO>(ct, kChunk, c, p.groups * p.d_state, piece.count, p.d_state);
                     piece_scores<IO>(p, piece, bt, ct, scores);
                 }
                 T* state = entering<T>(p, piece, head);
                 if (state && k == begin) read_state<IO>(p, state, p.initial_state, row, head);
                 T* after = k + 1 == end ? final_state : entering<T>(p, p.pieces[k + 1], head);
-                run_piece(piece, head, group, state, after);
+                const bool turn = head + 1 == to && k + 1 < end;  // to the next piece's first head
+                run_piece(piece, head, group, state, after,
+                          at_piece<const T>(p, turn ? p.pieces[k + 1] : piece, p.x, p.heads, turn ? from : head + 1,
+                                            p.head_dim));
                 if (k + 1 == end) write_state(p, p.final_state, row, head, final_state);
             }
         }
@@ -60,34 +64,39 @@ struct Forward {
         }
     }
 
-    // `state` enters the piece, or null for zero; `after` is the state after it, or null if it is not needed.
-    void run_piece(const Piece& piece, int64_t head, int64_t group, const T* state, T* after) {
+    // `state` enters the piece, or null for zero; `after` is the state after it, or null if it is not needed; `next_x`
+    // is the x that is read next.
+    void run_piece(const Piece& piece, int64_t head, int64_t group, const T* state, T* after, const T* next_x) {
         const int64_t stride = p.groups * p.d_state;
         const T* b = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
         T* y = at_piece<T>(p, piece, p.y, p.heads, head, p.head_dim);
-        const Decay<IO> decay(at_piece<const T>(p, piece, p.log_a, p.heads, head, 1), p.heads, piece.count, !state);
-        pack<IO>(x, at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim), p.heads * p.head_dim, piece.count,
+        const T* log_a = at_piece<const T>(p, piece, p.log_a, p.heads, head, 1);
+        const Decay<IO, kChunk> decay(log_a, p.heads, piece.count, !state);
+        pack<IO>(x, width, at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim), value_stride, piece.count,
                  p.head_dim);
         decay_scores(piece, decay);
         for (int64_t block = 0; block < piece.count; block += kBlock) {
             const int64_t end = least(block + kBlock, piece.count);
             for_tiles<IO>(block, end, p.head_dim, [&](auto& tile, int64_t i, int64_t column) LM_INLINE {
+                const int64_t at = i * value_stride + column;
+                tile.template prefetch<true>(y + at, value_stride);
+                tile.template prefetch<false>(next_x + at, value_stride);
                 if (state) {
                     tile.add(ct + i, 1, kChunk, state + column, width, p.d_state);
                     tile.scale_rows(decay.enter + i);
                 }
                 tile.add(weights + i * kChunk, kChunk, 1, x + column, width, i + tile.rows);
-                tile.store(y + i * p.heads * p.head_dim + column, p.heads * p.head_dim, p.head_dim - column);
+                tile.store(y + at, value_stride, p.head_dim - column);
             });
         }
         if (!after) return;
-        scale_rows<IO>(x, piece.count, width, decay.leave);
+        scale_rows<IO>(x, width, piece.count, p.head_dim, decay.leave);
         step_state<IO>(p, after, state, decay.total(), b, stride, x, piece.count);
     }
 
     // weights = D * scores
-    void decay_scores(const Piece& piece, const Decay<IO>& decay) {
-        DecayRow<IO> row;
+    void decay_scores(const Piece& piece, const Decay<IO, kChunk>& decay) {
+        DecayRow<IO, kChunk> row;
         for (int64_t i = 0; i < piece.count; ++i) {
             row.move_to(i, decay);
             for (int64_t j = 0; j < i / kBlock * kBlock + kBlock; j += kLanes<IO>) {

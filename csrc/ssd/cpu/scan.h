@@ -1,14 +1,15 @@
 // What forward and backward have in common: where a piece's tensors lie, its scores, and a step of the state.
 #pragma once
 
-#include "ssd/cpu/decay.h"
-#include "ssd/cpu/panel.h"
+#include "simd/decay.h"
+#include "simd/panel.h"
 #include "simd/tile.h"
 #include "ssd/kernel.h"
 
 namespace {
 
 using namespace lm::ssd;
+using lm::Piece;
 
 // Hands out consecutive parts of a thread's scratch.
 template <typename T>
@@ -26,7 +27,7 @@ T* at_piece(const Params& p, const Piece& piece, Base* values, int64_t count, in
 // The state that enters a piece, or null.
 template <typename T>
 T* entering(const Params& p, const Piece& piece, int64_t head) {
-    if (piece.slot == kNone) return nullptr;
+    if (piece.slot == Piece::kNone) return nullptr;
     const int64_t index = (piece.row * p.slots + piece.slot) * p.heads + head;
     return static_cast<T*>(p.states) + index * p.d_state * padded(p.head_dim);
 }
@@ -35,7 +36,7 @@ T* entering(const Params& p, const Piece& piece, int64_t head) {
 template <typename IO, typename T = typename IO::Compute>
 void read_state(const Params& p, T* state, const void* from, int64_t row, int64_t head) {
     const int64_t offset = (row * p.heads + head) * p.d_state * p.head_dim;
-    pack<IO>(state, static_cast<const T*>(from) + offset, p.head_dim, p.d_state, p.head_dim);
+    pack<IO>(state, padded(p.head_dim), static_cast<const T*>(from) + offset, p.head_dim, p.d_state, p.head_dim);
 }
 
 template <typename T>

@@ -56,6 +56,11 @@ class MoEConfig:
             raise UsageError(f"moe: top_k: expected at most num_experts {self.num_experts}, got {self.top_k}")
         if self.num_shared < 0:
             raise UsageError(f"moe: num_shared: expected at least 0, got {self.num_shared}")
+        if self.d_shared is not None and (self.d_shared < 1 or not self.num_shared):
+            raise UsageError(f"moe: d_shared {self.d_shared}: it needs at least 1, and num_shared of at least 1")
+        for key in ("aux_weight", "bias_rate"):
+            if getattr(self, key) < 0:
+                raise UsageError(f"moe: {key}: expected at least 0, got {getattr(self, key):g}")
         if self.shared_gate and not self.num_shared:
             raise UsageError("moe: shared_gate: there are no shared experts; set num_shared")
         if self.router == "expert_choice":

@@ -19,6 +19,7 @@ from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
 from lmtrain.model.norm import RMSNorm
 from lmtrain.model.rope import rotate
+from lmtrain.model.settings import positive
 from lmtrain.ops.op import Cost, compute_dtype
 
 
@@ -73,6 +74,7 @@ class AttentionConfig(Answers):
             raise UsageError(f"attention: num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
         if not 0 < self.rope_fraction <= 1:
             raise UsageError(f"attention: rope_fraction: expected more than 0 and at most 1, got {self.rope_fraction}")
+        positive(self, "rope_theta", "qk_norm_eps")
         if self.softcap is not None and self.softcap <= 0:
             raise UsageError(f"attention: softcap: expected a positive number or null, got {self.softcap}")
         if self.persistent < 0:
@@ -153,9 +155,9 @@ class HeadEmbedding(nn.Module):
         self.how = how
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, K]`` to ``[B, T, H, K]``."""
-        x = x[:, :, None]
-        return x + self.weight if self.how == "add" else x * (1 + self.weight)
+        """``[B, T, K]`` to ``[B, T, H, K]``; bf16 would round the small weight away beside 1."""
+        wide, weight = (t.to(compute_dtype(x)) for t in (x[:, :, None], self.weight))
+        return (wide + weight if self.how == "add" else wide * (1 + weight)).to(x.dtype)
 
 
 @register("attention")

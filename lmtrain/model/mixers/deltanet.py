@@ -17,7 +17,7 @@ from lmtrain.model.context import Context
 from lmtrain.model.delta_inputs import DeltaInputs
 from lmtrain.model.init import normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least
+from lmtrain.model.settings import at_least, taps
 from lmtrain.ops import delta
 from lmtrain.ops.op import Cost
 
@@ -41,7 +41,7 @@ class DeltaNetConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "head_dim")
-        at_least(self, 2, "conv_width")
+        taps(self)
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
         row = (1, seq_len, self.num_heads, self.head_dim)

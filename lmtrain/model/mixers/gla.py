@@ -18,7 +18,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least, head_width
+from lmtrain.model.settings import at_least, head_width, positive
 from lmtrain.ops import gla
 from lmtrain.ops.op import Cost, compute_dtype
 
@@ -44,6 +44,7 @@ class GLAConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "gate_rank")
+        positive(self, "gate_normalizer", "norm_eps")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """Key and value channels of a head. UsageError unless both are whole numbers of at least 1."""

@@ -21,7 +21,7 @@ from lmtrain.model.context import Context
 from lmtrain.model.delta_inputs import DeltaInputs
 from lmtrain.model.init import log_uniform_range, normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least
+from lmtrain.model.settings import at_least, taps
 from lmtrain.model.state_space import DecayRate
 from lmtrain.ops import delta
 from lmtrain.ops.op import Cost
@@ -46,7 +46,7 @@ class KDAConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "head_dim")
-        at_least(self, 2, "conv_width")
+        taps(self)
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
         row = (1, seq_len, self.num_heads, self.head_dim)

@@ -27,7 +27,8 @@ from lmtrain.model.settings import at_least, divisor_near
 from lmtrain.ops import ssd
 from lmtrain.ops.op import Cost, compute_dtype
 
-FEATURES = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "identity": lambda x: x}
+# in the computing dtype: bf16 would round exp(x) - 1 + 1 of a negative x to 0
+FEATURES = {"elu": lambda x: F.elu(x.to(compute_dtype(x))) + 1, "relu": F.relu, "identity": lambda x: x}
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, fan_in_uniform, log_uniform_range
 from lmtrain.model.mimetic import mimetic
+from lmtrain.model.settings import positive, taps
 from lmtrain.model.state_space import DecayRate, Skip
 from lmtrain.ops import causal_conv1d, ssd
 from lmtrain.ops.op import Cost
@@ -53,8 +54,8 @@ class Mamba2Config(Answers):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UsageError(f"mamba2: {key}: expected at least 1, got {value}")
-        if self.conv_width < 2:
-            raise UsageError(f"mamba2: conv_width: expected at least 2, got {self.conv_width}")
+        taps(self)
+        positive(self, "norm_eps")
 
     def check(self, d_model: int) -> None:
         """UsageError unless the width divides into heads and groups."""

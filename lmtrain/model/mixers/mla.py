@@ -3,8 +3,8 @@
 c = RMSNorm(W_a x) [R]      k_h = [W_k^h c | rotate(W_r x)]      v_h = W_v^h c      q_h = [q_h^n | rotate(q_h^r)]
 o_h = softmax(q_h . k_h / sqrt(K_n + K_r)) v_h
 
-The rotated part of the key is one for all heads. What is carried is the latent and that part, R + K_r numbers a token
-and layer: then queries are taken through W_k^h to the latent, where they meet c itself as one key head and one value.
+The rotated part of the key is one for all heads. Where state is carried, queries are taken through W_k^h to the latent,
+where they meet c itself as one key head and one value head: 2 R + K_r numbers a token, whatever the number of heads.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from lmtrain.model.context import Context
 from lmtrain.model.init import normal
 from lmtrain.model.norm import RMSNorm
 from lmtrain.model.rope import rotate
+from lmtrain.model.settings import positive
 from lmtrain.ops.op import Cost
 
 NORM_EPS = 1e-6
@@ -56,6 +57,7 @@ class MLAConfig(Answers):
             value = getattr(self, key)
             if value is not None and value < 1:
                 raise UsageError(f"mla: {key}: expected at least 1, got {value}")
+        positive(self, "rope_theta")
         if self.rope and self.rope_dim % 2:
             raise UsageError(f"mla: rope_dim: expected an even number, got {self.rope_dim}")
 

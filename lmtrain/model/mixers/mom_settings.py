@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
-from lmtrain.model.settings import at_least
+from lmtrain.model.settings import at_least, taps
 from lmtrain.ops import delta
 from lmtrain.ops.op import Cost
 
@@ -38,7 +38,7 @@ class MoMConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_memories", "top_k", "num_heads", "head_dim", "value_dim")
-        at_least(self, 2, "conv_width")
+        taps(self)
         at_least(self, 0, "aux_weight")
         if self.top_k > self.num_memories:
             raise UsageError(f"mom: top_k: expected at most num_memories {self.num_memories}, got {self.top_k}")

@@ -22,6 +22,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
 from lmtrain.model.mixers.rg_lru_gates import Gates
+from lmtrain.model.settings import at_least, taps
 from lmtrain.model.short_conv import ShortConv
 from lmtrain.ops import diag_scan
 from lmtrain.ops.op import Cost
@@ -41,10 +42,8 @@ class RGLRUConfig(Answers):
     """Taps of the short convolution."""
 
     def __post_init__(self) -> None:
-        for key, least in (("width", 1), ("num_heads", 1), ("conv_width", 2)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise UsageError(f"rg_lru: {key}: expected at least {least}, got {value}")
+        at_least(self, 1, "width", "num_heads")
+        taps(self)
 
     def channels(self, d_model: int) -> int:
         """Channels of the recurrence. UsageError unless they divide into heads."""

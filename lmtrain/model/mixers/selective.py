@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named
 from lmtrain.model.context import Context
 from lmtrain.model.init import fan_in_uniform
+from lmtrain.model.settings import at_least, taps
 from lmtrain.model.short_conv import ShortConv
 from lmtrain.model.state_space import Skip
 from lmtrain.ops import selective_scan
@@ -38,10 +38,8 @@ class SelectiveConfig(Answers):
     """Taps of the short convolution."""
 
     def __post_init__(self) -> None:
-        for key, least in (("d_state", 1), ("expand", 1), ("dt_rank", 1), ("conv_width", 2)):
-            value = getattr(self, key)
-            if value is not None and value < least:
-                raise UsageError(f"{self.kind}: {key}: expected at least {least}, got {value}")
+        at_least(self, 1, "d_state", "expand", "dt_rank")
+        taps(self)
 
     def rank(self, d_model: int) -> int:
         """Inner width of the step size's projection."""
