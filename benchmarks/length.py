@@ -91,6 +91,7 @@ def measure(kind: str) -> dict[str, Any]:
 def draw_ratios(rows: list[dict[str, Any]], heading: str) -> None:
     """One line per kind; those that mix by softmax stand out."""
     figure, axes = plt.subplots(figsize=(8, 5))
+    axes.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for row in sorted(rows, key=lambda row: -row["ratio"][str(LENGTHS[-1])]):
         softmax = row["kind"] in SOFTMAX
         ratios = [row["ratio"][str(length)] for length in LENGTHS]
@@ -104,7 +105,7 @@ def draw_ratios(rows: list[dict[str, Any]], heading: str) -> None:
     axes.set_xlabel("tokens in a row")
     axes.set_ylabel(f"tokens per second, over those at {LENGTHS[0]}")
     axes.set_title(f"Cost over length, forward and backward\n{heading}", fontsize=9)
-    axes.legend(fontsize=7, ncols=2, loc="lower left")
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(PICTURE, dpi=120, bbox_inches="tight")
 
 
