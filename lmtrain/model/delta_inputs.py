@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Init, ParamInfo, matrix, named
 from lmtrain.model.context import Context
+from lmtrain.model.settings import at_least, taps
 from lmtrain.model.short_conv import ShortConv
 from lmtrain.ops.op import compute_dtype
+
+
+@dataclass(frozen=True)
+class DeltaConfig(Answers):
+    """Settings that DeltaNet and KDA share."""
+
+    num_heads: int = 16
+    """Heads."""
+    head_dim: int = 128
+    """Channels per head, of keys and of values; in KDA also the inner width of its low-rank projections."""
+    conv_width: int = 4
+    """Taps of the short convolutions."""
+    negative_eigenvalues: bool = False
+    """beta in (0, 2) instead of (0, 1): a transition may turn a key's sign (arXiv 2411.12537)."""
+    norm_eps: float = 1e-5
+    """Added to the mean square of the norm over each head."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "num_heads", "head_dim")
+        taps(self)
 
 
 def unit(x: Tensor) -> Tensor:

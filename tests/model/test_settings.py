@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from lmtrain.errors import UsageError
+from lmtrain.model.attention_parts import HeadEmbedding
 from lmtrain.model.block import Multipliers
 from lmtrain.model.branch import BRANCHES as KINDS
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.mixers.attention import HeadEmbedding
 from lmtrain.model.mixers.linear_attention import FEATURES
 from tests.model.row_checks import BRANCHES, D_MODEL
 

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
+from lmtrain.model.attention_parts import HeadEmbedding, Persistent, Sinks
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
 from lmtrain.model.norm import RMSNorm
 from lmtrain.model.rope import rotate
-from lmtrain.model.settings import positive
-from lmtrain.ops.op import Cost, compute_dtype
+from lmtrain.model.settings import at_least, positive
+from lmtrain.ops.op import Cost
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,13 @@ class AttentionConfig(Answers):
     the keys under add changes no score of one query: what acts is that of queries and values."""
 
     def __post_init__(self) -> None:
-        for key in ("num_heads", "num_kv_heads", "head_dim", "window"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UsageError(f"attention: {key}: expected at least 1, got {value}")
+        at_least(self, 1, "num_heads", "num_kv_heads", "head_dim", "window")
+        at_least(self, 0, "persistent")
         if self.num_heads % self.kv_heads:
             raise UsageError(f"attention: num_kv_heads {self.kv_heads} does not divide num_heads {self.num_heads}")
         if not 0 < self.rope_fraction <= 1:
             raise UsageError(f"attention: rope_fraction: expected more than 0 and at most 1, got {self.rope_fraction}")
-        positive(self, "rope_theta", "qk_norm_eps")
-        if self.softcap is not None and self.softcap <= 0:
-            raise UsageError(f"attention: softcap: expected a positive number or null, got {self.softcap}")
-        if self.persistent < 0:
-            raise UsageError(f"attention: persistent: expected at least 0, got {self.persistent}")
+        positive(self, "rope_theta", "qk_norm_eps", "softcap")
         if self.head_embedding != "none" and (self.qk_norm or self.bias != "none"):
             raise UsageError("attention: head_embedding has one projection for all heads; leave out qk_norm and bias")
 
@@ -111,53 +106,6 @@ class AttentionConfig(Answers):
     def state_bytes(self, d_model: int, batch: int, seq_len: int) -> int:
         kept = seq_len if self.window is None else min(seq_len, self.window - 1)
         return 4 * batch * kept * 2 * self.kv_heads * self.width(d_model)
-
-
-class Sinks(nn.Module):
-    """A logit per head, always fp32."""
-
-    keeps_fp32 = True
-
-    def __init__(self, num_heads: int) -> None:
-        super().__init__()
-        self.logit = nn.Parameter(torch.empty(num_heads))
-
-    def forward(self, like: Tensor) -> Tensor:
-        return self.logit.to(compute_dtype(like))
-
-
-class Persistent(nn.Module):
-    """Keys and values that belong to the heads; stored small and multiplied, which scales their learning rate."""
-
-    def __init__(self, num_heads: int, count: int, head_dim: int) -> None:
-        super().__init__()
-        self.k = nn.Parameter(torch.empty(num_heads, count, head_dim))
-        self.v = nn.Parameter(torch.empty(num_heads, count, head_dim))
-
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self.k * math.sqrt(self.k.shape[2]), self.v * math.sqrt(self.v.shape[1])
-
-    def param_info(self) -> dict[str, ParamInfo]:
-        units, count, head_dim = self.k.shape
-        keys, values = normal(head_dim**-0.5), normal(count**-0.5)
-        return {
-            "k": ParamInfo("embedding", keys, tp_dim=0, tp_units=units),
-            "v": ParamInfo("embedding", values, tp_dim=0, tp_units=units),
-        }
-
-
-class HeadEmbedding(nn.Module):
-    """What tells heads apart that share one projection: ``[H, K]``, added or multiplied."""
-
-    def __init__(self, num_heads: int, head_dim: int, how: str) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(num_heads, head_dim))
-        self.how = how
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, T, K]`` to ``[B, T, H, K]``; bf16 would round the small weight away beside 1."""
-        wide, weight = (t.to(compute_dtype(x)) for t in (x[:, :, None], self.weight))
-        return (wide + weight if self.how == "add" else wide * (1 + weight)).to(x.dtype)
 
 
 @register("attention")

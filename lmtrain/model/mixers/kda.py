@@ -15,38 +15,22 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, named, register
 from lmtrain.model.context import Context
-from lmtrain.model.delta_inputs import DeltaInputs
+from lmtrain.model.delta_inputs import DeltaConfig, DeltaInputs
 from lmtrain.model.init import log_uniform_range, normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least, taps
 from lmtrain.model.state_space import DecayRate
 from lmtrain.ops import delta
 from lmtrain.ops.op import Cost
 
 
 @dataclass(frozen=True)
-class KDAConfig(Answers):
+class KDAConfig(DeltaConfig):
     """Kimi Delta Attention mixer."""
 
     kind: str = "kda"
     """kda"""
-    num_heads: int = 16
-    """Heads."""
-    head_dim: int = 128
-    """Channels per head, of keys and of values; also the inner width of the decay's and the gate's projections."""
-    conv_width: int = 4
-    """Taps of the short convolutions."""
-    negative_eigenvalues: bool = False
-    """beta in (0, 2) instead of (0, 1): a transition may turn a key's sign (arXiv 2411.12537)."""
-    norm_eps: float = 1e-5
-    """Added to the mean square of the norm over each head."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "num_heads", "head_dim")
-        taps(self)
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
         row = (1, seq_len, self.num_heads, self.head_dim)

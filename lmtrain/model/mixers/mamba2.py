@@ -19,7 +19,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, fan_in_uniform, log_uniform_range
 from lmtrain.model.mimetic import mimetic
-from lmtrain.model.settings import positive, taps
+from lmtrain.model.settings import at_least, positive, taps
 from lmtrain.model.state_space import DecayRate, Skip
 from lmtrain.ops import causal_conv1d, ssd
 from lmtrain.ops.op import Cost
@@ -50,10 +50,7 @@ class Mamba2Config(Answers):
     """Start as linear attention over so many tokens (arXiv 2410.11135); default: the usual initial values."""
 
     def __post_init__(self) -> None:
-        for key in ("d_state", "head_dim", "expand", "num_groups", "chunk", "mimetic_length"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UsageError(f"mamba2: {key}: expected at least 1, got {value}")
+        at_least(self, 1, "d_state", "head_dim", "expand", "num_groups", "chunk", "mimetic_length")
         taps(self)
         positive(self, "norm_eps")
 

@@ -23,7 +23,7 @@ from lmtrain.model.context import Context
 from lmtrain.model.init import normal
 from lmtrain.model.norm import RMSNorm
 from lmtrain.model.rope import rotate
-from lmtrain.model.settings import positive
+from lmtrain.model.settings import at_least, positive
 from lmtrain.ops.op import Cost
 
 NORM_EPS = 1e-6
@@ -53,10 +53,7 @@ class MLAConfig(Answers):
     """Base of the rotary wavelengths."""
 
     def __post_init__(self) -> None:
-        for key in ("num_heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "value_dim"):
-            value = getattr(self, key)
-            if value is not None and value < 1:
-                raise UsageError(f"mla: {key}: expected at least 1, got {value}")
+        at_least(self, 1, "num_heads", "kv_rank", "q_rank", "nope_dim", "rope_dim", "value_dim")
         positive(self, "rope_theta")
         if self.rope and self.rope_dim % 2:
             raise UsageError(f"mla: rope_dim: expected an even number, got {self.rope_dim}")
