@@ -55,6 +55,8 @@ def card(cls: HubClass, cfg: ModelConfig, facts: dict[str, Any]) -> str:
         f"({parity['perturbed_logit_std']:.3g}).",
         f"- Generation: {NO_CACHE if cached is None else 'greedy with the cache equals greedy without it.'}",
     ]
+    if cls.limits:
+        lines.append(f"- Limits of the class in transformers {facts['transformers']}: {cls.limits}")
     if facts["dtype"] == "bfloat16":
         drift = facts["rounding_logit_diff"]
         lines.append(f"- Rounding the weights to bfloat16 changed the logits by up to {drift:.1e}.")

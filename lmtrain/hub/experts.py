@@ -11,6 +11,8 @@ from lmtrain.model.ffn.moe_settings import MoEConfig
 
 PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 """Our matrices of a gated feed-forward, and their usual names on disk."""
+NUMBERED = {"gate": "w1", "up": "w3", "down": "w2"}
+"""Their names in Mixtral, and in those that followed it."""
 BALANCING = ("balance", "aux_weight", "bias_rate")
 """Settings that do not change the function, unless the balance is a selection bias."""
 WITHOUT_BIAS = Transform(

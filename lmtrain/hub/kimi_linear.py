@@ -20,7 +20,7 @@ from lmtrain.hub.deepseek_v3 import (
     moe_reasons,
     router_rule,
 )
-from lmtrain.hub.experts import experts, shared
+from lmtrain.hub.experts import NUMBERED, experts, shared
 from lmtrain.hub.layers import Layered, other_eps, unless
 from lmtrain.hub.llama import MLP
 from lmtrain.hub.settings import differing, distinct
@@ -29,7 +29,6 @@ from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
 
 BY_HEAD = Transform(lambda ours: [ours[0].view(1, 1, -1, 1)], lambda disk, shapes: [disk[0].flatten()])
-EXPERTS = {"gate": "w1", "up": "w3", "down": "w2"}
 DELTA = [
     FIRST_NORM,
     *(same(f"branch.inputs.{name}.weight", f"self_attn.{name}_proj.weight") for name in "qkv"),
@@ -51,7 +50,7 @@ DELTA = [
 
 def _moe(moe: MoEConfig) -> list[Rule]:
     place = "block_sparse_moe"
-    routed = [router_rule(moe, f"{place}.gate"), *experts(moe, f"{place}.experts", EXPERTS)]
+    routed = [router_rule(moe, f"{place}.gate"), *experts(moe, f"{place}.experts", NUMBERED)]
     return [SECOND_NORM, *routed, *shared(f"{place}.shared_experts")]
 
 

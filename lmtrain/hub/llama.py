@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from lmtrain.hub.settings import differing, distinct
-from lmtrain.hub.table import HubClass, Rule, same
+from lmtrain.hub.table import KNOWN, HubClass, Rule, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.mixers.attention import AttentionConfig
@@ -30,11 +30,28 @@ OUTSIDE = [same("embed.weight", "model.embed_tokens.weight"), same("final_norm.w
 HEAD = same("head.weight", "lm_head.weight")
 
 
+def rotary(attention: AttentionConfig) -> dict[str, Any]:
+    """What config.json says of rotary positions, also where transformers 4 and llama.cpp look."""
+    base: dict[str, Any] = {"rope_theta": attention.rope_theta}
+    scaling = attention.rope_scaling
+    if scaling is None:
+        return {"rope_parameters": {"rope_type": "default", **base}, **base}
+    limits = ("low_freq_factor", "high_freq_factor") if scaling.kind == "llama3" else ("beta_slow", "beta_fast")
+    slower = {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "original_max_position_embeddings": scaling.original_length,
+        **dict(zip(limits, (scaling.slow, scaling.upper), strict=True)),
+    }
+    return {"rope_parameters": {**slower, **base}, "rope_scaling": slower, **base}
+
+
 class Llama(HubClass):
     """See the module."""
 
     name = "Llama"
     model_type = "llama"
+    knows: ClassVar[dict[str, str]] = {"attention": f"{KNOWN['attention']} rope_scaling"}
     attention: ClassVar[list[Rule]] = ATTENTION
     mlp: ClassVar[list[Rule]] = MLP
 
@@ -87,9 +104,8 @@ class Llama(HubClass):
             "initializer_range": cfg.init_std,
             "rms_norm_eps": cfg.norm_eps,
             "tie_word_embeddings": cfg.tie_embeddings,
-            "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
-            "rope_theta": attention.rope_theta,  # where transformers 4 and llama.cpp look
             "attention_dropout": 0.0,
+            **rotary(attention),
         } | self._own(cfg)
 
     def _own(self, cfg: ModelConfig) -> dict[str, Any]:

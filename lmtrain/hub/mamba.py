@@ -1,4 +1,4 @@
-"""Mamba: Mamba mixers alone.
+"""Mamba: Mamba mixers alone. Its table serves FalconMamba too.
 
 Packing in transformers 5.23: ``in_proj`` rows x, z; ``x_proj`` rows dt, B, C. Fact: with a cache, a second chunk of
 more than one token starts from an empty state, without a warning; token by token and ``generate`` are right.
@@ -33,6 +33,10 @@ class Mamba(HubClass):
 
     name = "Mamba"
     model_type = "mamba"
+    limits = (
+        "with a cache, a second call of more than one token forgets those before it, without a warning (chunked "
+        "prefill, a cached prompt, assisted decoding); token by token and `generate` are right."
+    )
     knows: ClassVar[dict[str, str]] = {"mamba": "kind d_state expand dt_rank conv_width mimetic_length"}
 
     def reasons(self, cfg: ModelConfig) -> list[str]:

@@ -7,12 +7,14 @@ import dataclasses
 from lmtrain.errors import UsageError
 from lmtrain.hub.deepseek_v3 import DeepseekV3
 from lmtrain.hub.falcon_h1 import FalconH1
+from lmtrain.hub.falcon_mamba import FalconMamba
 from lmtrain.hub.gpt_oss import GptOss
 from lmtrain.hub.granite_moe_hybrid import GraniteMoeHybrid
 from lmtrain.hub.kimi_linear import KimiLinear
 from lmtrain.hub.llama import Llama
 from lmtrain.hub.mamba import Mamba
 from lmtrain.hub.mamba2 import Mamba2
+from lmtrain.hub.minimax import MiniMax
 from lmtrain.hub.mistral import Mistral
 from lmtrain.hub.mixtral import Mixtral
 from lmtrain.hub.nemotron_h import NemotronH
@@ -34,6 +36,7 @@ CLASSES: tuple[HubClass, ...] = (
     Mixtral(),
     Qwen3Moe(),
     Mamba(),
+    FalconMamba(),
     Mamba2(),
     Rwkv(),
     RecurrentGemma(),
@@ -42,6 +45,7 @@ CLASSES: tuple[HubClass, ...] = (
     DeepseekV3(),
     GptOss(),
     KimiLinear(),
+    MiniMax(),
     FalconH1(),
     GraniteMoeHybrid(),
 )

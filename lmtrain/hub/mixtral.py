@@ -6,9 +6,10 @@ On disk: one tensor per expert, of which ``w1`` is the gate, ``w3`` the way up a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from lmtrain.hub.experts import PROJECTIONS, experts, router
+from lmtrain.hub.experts import BALANCING, NUMBERED, PROJECTIONS, biased, experts, router
 from lmtrain.hub.layers import unless
 from lmtrain.hub.llama import HEAD, MLP, OUTSIDE, Llama
 from lmtrain.hub.mistral import Mistral
@@ -18,8 +19,16 @@ from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
 
-BALANCING = ("balance", "aux_weight", "bias_rate")
-"""What does not matter to the function, unless the balance is a bias."""
+
+def mixture_reasons(settings: list[MoEConfig]) -> list[str]:
+    """Why a mixture of experts is none of a softmax router without shared experts."""
+    found = unless("moe", settings, activation="swiglu", router="softmax", scale=1.0, num_shared=0)
+    return found + biased(settings) + differing("moe", settings, except_for=BALANCING)
+
+
+def mixture_rules(moe: MoEConfig, prefix: str, projections: Mapping[str, str]) -> list[Rule]:
+    """Its table, below ``prefix``; ``projections``: our matrices of an expert and their names on disk."""
+    return [MLP[0], router(f"{prefix}.gate.weight"), *experts(moe, f"{prefix}.experts", projections)]
 
 
 class Mixture(Llama):
@@ -32,10 +41,7 @@ class Mixture(Llama):
     """Our matrices of an expert and their names on disk."""
 
     def reasons(self, cfg: ModelConfig) -> list[str]:
-        found = distinct(cfg, "moe")
-        biased = ["moe.balance is bias, its choice has none"] if any(one.balance == "bias" for one in found) else []
-        told = unless("moe", found, activation="swiglu", router="softmax", scale=1.0, num_shared=0)
-        return super().reasons(cfg) + told + biased + differing("moe", found, except_for=BALANCING)
+        return super().reasons(cfg) + mixture_reasons(distinct(cfg, "moe"))
 
     def _order(self, cfg: ModelConfig) -> list[str]:
         kinds = [cfg.branches[name].kind for name in cfg.order()]
@@ -51,12 +57,10 @@ class Mixture(Llama):
         fixed = {"attention": self.attention, "mlp": self.mlp}
         for index, name in enumerate(cfg.order()):
             one = cfg.branches[name]
-            table = self._mixture(one) if one.kind == "moe" else fixed[one.kind]
+            mixture = one.kind == "moe"
+            table = mixture_rules(one, self.prefix, self.projections) if mixture else fixed[one.kind]
             found += [rule.at(f"blocks.{index}.", f"model.layers.{index // 2}.") for rule in table]
         return found
-
-    def _mixture(self, moe: MoEConfig) -> list[Rule]:
-        return [MLP[0], router(f"{self.prefix}.gate.weight"), *experts(moe, f"{self.prefix}.experts", self.projections)]
 
     def config(self, cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         """As of a model with one expert in place of each mixture, and what says that there are more."""
@@ -75,7 +79,7 @@ class Mixtral(Mixture, Mistral):
     name = "Mixtral"
     model_type = "mixtral"
     prefix: ClassVar[str] = "block_sparse_moe"
-    projections: ClassVar[dict[str, str]] = {"gate": "w1", "up": "w3", "down": "w2"}
+    projections: ClassVar[dict[str, str]] = NUMBERED
 
     def reasons(self, cfg: ModelConfig) -> list[str]:
         return super().reasons(cfg) + unless("moe", distinct(cfg, "moe"), normalise_weights=True)

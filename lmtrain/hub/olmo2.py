@@ -21,7 +21,7 @@ class Olmo2(Llama):
     model_type = "olmo2"
     knows: ClassVar[dict[str, str]] = {
         "model": KNOWN["model"] + " norm_place",
-        "attention": KNOWN["attention"] + " qk_norm_over qk_norm_eps",
+        "attention": KNOWN["attention"] + " qk_norm_over qk_norm_eps rope_scaling",
     }
     attention: ClassVar[list[Rule]] = [
         same("out_norm.weight", "post_attention_layernorm.weight"),

@@ -50,6 +50,7 @@ class RecurrentGemma(Layered):
 
     name = "RecurrentGemma"
     model_type = "recurrent_gemma"
+    limits = "padding on the left is read as tokens; one sequence at a time is right, and so are several of one length."
     knows: ClassVar[dict[str, str]] = {
         "model": KNOWN["model"] + " embedding_scale logit_softcap",
         "attention": KNOWN["attention"] + " rope_fraction bias",

@@ -65,6 +65,10 @@ class Rwkv(HubClass):
 
     name = "Rwkv"
     model_type = "rwkv"
+    limits = (
+        "with the cache, several sequences at once generate wrong tokens, and padding on the left is read as tokens; "
+        "one sequence at a time is right, and so are several of one length with `use_cache=False`."
+    )
     knows: ClassVar[dict[str, str]] = {
         "model": KNOWN["model"] + " norm embedding_norm",
         "rwkv4": "kind",

@@ -121,6 +121,8 @@ class HubClass(ABC):
     """By kind, all settings that the table takes into account, where they are more than ``KNOWN``."""
     side_by_side: ClassVar[bool] = False
     """Whether the table takes branches side by side into account."""
+    limits: ClassVar[str] = ""
+    """What the class gets wrong in transformers, and what is right, for the model card; empty: nothing known."""
 
     @property
     def architecture(self) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 BLOCKED = ("lmtrain", "fla", "mamba_ssm", "causal_conv1d")
 """lmtrain, since the export must not need it; libraries whose kernels transformers would call on a CPU, and crash."""
-NOT_FIELDS = {"model_type", "rope_theta", "head_dim", "pad_token_id", "lmtrain_tokenizer_sha256"}
+NOT_FIELDS = {"model_type", "rope_theta", "rope_scaling", "head_dim", "pad_token_id", "lmtrain_tokenizer_sha256"}
 """Keys of config.json that not every config class declares, written on purpose: Qwen3Moe reads head_dim anyway."""
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from lmtrain.data.tokenizer import Tokenizer, train_bpe
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.tokenizer_training import train_bpe
 from lmtrain.hub.export import perturb
 from lmtrain.model.block import Multipliers
 from lmtrain.model.config import ModelConfig
@@ -17,15 +20,17 @@ from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from lmtrain.model.mixers.kda import KDAConfig
+from lmtrain.model.mixers.linear_attention import LinearAttentionConfig
 from lmtrain.model.mixers.mamba import MambaConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.model.mixers.mla import MLAConfig
 from lmtrain.model.mixers.rg_lru import RGLRUConfig
 from lmtrain.model.mixers.rwkv4 import RWKV4Config
+from lmtrain.model.rope import RopeScaling
 
 VOCAB = 384
 EXPERTS = {"num_experts": 6, "top_k": 2, "d_expert": 24, "activation": "relu2", "router": "sigmoid"}
-BRANCHES = {
+BRANCHES: dict[str, Any] = {
     "attn": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
     "local": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16, window=20),
     "normed": AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=12, qk_norm=True, rope_theta=5e4),
@@ -36,6 +41,7 @@ BRANCHES = {
     "mlp": MLPConfig(d_ff=80),
     "relu2": MLPConfig(d_ff=80, activation="relu2"),
     "mamba": MambaConfig(d_state=8, dt_rank=6),
+    "normed_mamba": MambaConfig(d_state=8, dt_rank=6, selection_norm=True),
     "time": RWKV4Config(),
     "channel": RWKVChannelConfig(d_ff=80, version="4"),
     "lru": RGLRUConfig(num_heads=4, conv_width=3),
@@ -64,9 +70,20 @@ BRANCHES = {
         num_heads=4, num_kv_heads=2, head_dim=16, sinks=True, bias="all", rope_theta=5e4, window=20
     ),
     "oss_moe": MoEConfig(6, 2, 24, bias=True, activation="swiglu_clamped", balance="none"),
+    "lightning": LinearAttentionConfig(num_heads=4, head_dim=16, decay="lightning", norm_eps=1e-6),
     "even_nope": AttentionConfig(num_heads=4, num_kv_heads=2, rope=False),
     "shared_moe": MoEConfig(6, 2, 24, num_shared=2, d_shared=20, balance="none"),
     "gated_moe": MoEConfig(6, 2, 24, num_shared=2, d_shared=20, shared_gate=True, balance="aux"),
+}
+LLAMA3 = RopeScaling("llama3", factor=4.0, original_length=48, fast=3.0)
+YARN = RopeScaling("yarn", factor=4.0, original_length=48, slow=0.5, fast=6.0)
+BRANCHES |= {
+    "attn_llama3": dataclasses.replace(BRANCHES["attn"], rope_scaling=LLAMA3),
+    "local_yarn": dataclasses.replace(BRANCHES["local"], rope_scaling=YARN),
+    "normed_yarn": dataclasses.replace(BRANCHES["normed"], rope_scaling=YARN),
+    "normed_local_yarn": dataclasses.replace(BRANCHES["normed_local"], rope_scaling=YARN),
+    "all_normed_yarn": dataclasses.replace(BRANCHES["all_normed"], rope_scaling=YARN),
+    "wide_normed_llama3": dataclasses.replace(BRANCHES["wide_normed"], rope_scaling=LLAMA3),
 }
 SCALES = {"embedding_scale": 3.0, "logit_scale": 0.7}
 AROUND = {
@@ -75,9 +92,20 @@ AROUND = {
     "mlp": Multipliers(output=0.8),
 }
 RESIDUAL = {name: Multipliers(output=0.6) for name in ("ssm", "even_nope", "shared_moe")}
+THROUGH = {
+    "lightning": Multipliers(skip=1.3, output=0.7),
+    "attn": Multipliers(skip=0.8, output=1.2),
+    "soft": Multipliers(skip=0.9, output=1.1),
+}
 MODELS = {
     "Llama": ("2 * (attn mlp)", {}),
     "Llama tied": ("2 * (attn mlp)", {"tie_embeddings": True}),
+    "Llama llama3": ("2 * (attn_llama3 mlp)", {}),
+    "Mistral yarn": ("2 * (local_yarn mlp)", {}),
+    "Qwen3 yarn": ("normed_yarn mlp normed_local_yarn mlp", {"norm_eps": 1e-6}),
+    "Olmo2 yarn": ("all_normed_yarn mlp", {"norm_eps": 1e-6, "norm_place": "post"}),
+    "Mixtral llama3": ("attn_llama3 soft", {}),
+    "Qwen3Moe llama3": ("wide_normed_llama3 soft", {"norm_eps": 1e-6}),
     "Mistral": ("2 * (local mlp)", {}),
     "Qwen3": ("normed mlp normed_local mlp", {"norm_eps": 1e-6}),
     "Olmo2": ("2 * (all_normed mlp)", {"norm_eps": 1e-6, "norm_place": "post"}),
@@ -86,6 +114,8 @@ MODELS = {
     "Qwen3Moe tied": ("2 * (wide_normed soft)", {"norm_eps": 1e-6, "tie_embeddings": True}),
     "Mamba": ("2 * mamba", {}),
     "Mamba tied": ("2 * mamba", {"tie_embeddings": True}),
+    "FalconMamba": ("2 * normed_mamba", {}),
+    "FalconMamba tied": ("2 * normed_mamba", {"tie_embeddings": True}),
     "Mamba2": ("3 * ssm", {}),
     "Mamba2 tied": ("2 * ssm", {"tie_embeddings": True}),
     "RecurrentGemma": ("2 * (lru geglu) half_turned geglu lru geglu", {"embedding_scale": 8.0, "logit_softcap": 2.0}),
@@ -109,6 +139,9 @@ MODELS = {
     "GptOss tied": ("2 * (sinks oss_moe)", {"tie_embeddings": True}),
     "KimiLinear": ("kda mlp kda grouped nope_latent grouped", {}),
     "KimiLinear tied without attention": ("2 * (kda sigmoid_moe)", {"tie_embeddings": True}),
+    "MiniMax": ("lightning soft attn soft lightning soft", {"norm_place": "through", "multipliers": THROUGH}),
+    "MiniMax tied": ("local soft 2 * (lightning soft)", {"norm_place": "through", "tie_embeddings": True}),
+    "MiniMax lightning alone": ("2 * (lightning soft)", {"norm_place": "through"}),
     "FalconH1": ("ssm + attn mlp attn + ssm mlp", {**SCALES, "multipliers": AROUND}),
     "FalconH1 tied": ("2 * (ssm + attn mlp)", {"tie_embeddings": True}),
     "GraniteMoeHybrid": ("ssm shared_moe even_nope shared_moe ssm shared_moe", {**SCALES, "multipliers": RESIDUAL}),

@@ -75,12 +75,21 @@ NEAR_MISSES: list[tuple[str, str, dict[str, Any], dict[str, dict[str, Any]], str
     ("wide heads", "ssm + nope mlp", {}, {"nope": {"rope": True}}, "FalconH1", "attention.head_dim is 24, it has"),
     ("skip", "ssm + attn mlp", {"multipliers": {"mlp": Multipliers(skip=0.5)}}, {}, "FalconH1", "mlp.skip is 0.5"),
     ("partly moe", "ssm mlp even_nope shared_moe", {}, {}, "GraniteMoeHybrid", "both mlp and moe"),
+    ("normed partly", "mamba normed_mamba", {}, {}, "FalconMamba", "mamba.selection_norm differs between layers"),
+    (
+        "two factors",
+        "lightning soft other soft",
+        {"norm_place": "through", "multipliers": {"lightning": Multipliers(skip=0.5)}},
+        {"other": {}},
+        "MiniMax",
+        "multipliers differ between branches of kind linear_attention, it has one pair",
+    ),
     ("one factor", "ssm mlp", {"multipliers": {"ssm": Multipliers(output=0.5)}}, {}, "GraniteMoeHybrid", "differ"),
 ]
 
 
 def _config(pattern: str, model: dict[str, Any], changes: dict[str, dict[str, Any]]) -> ModelConfig:
-    branches = BRANCHES | {"wide": BRANCHES["relu2"]}
+    branches = BRANCHES | {"wide": BRANCHES["relu2"], "other": BRANCHES["lightning"]}
     used = {name: branches[name] for name in pattern.replace("*", " ").split() if name in branches}
     used |= {name: dataclasses.replace(branches[name], **change) for name, change in changes.items()}
     return ModelConfig(d_model=64, branches=used, pattern=pattern, vocab_size=VOCAB, **model)

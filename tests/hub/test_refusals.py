@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lmtrain.hub.match import match
+from lmtrain.model.block import Multipliers
 from tests.hub.models import config
 
 Change = dict[str, Any]
@@ -27,7 +28,7 @@ REFUSED: list[tuple[str, Change, str, Change, str]] = [
     ("Mixtral", {}, "soft", {"normalise_weights": False}, "moe.normalise_weights is false, it has true"),
     ("Mixtral", {}, "soft", {"router": "sigmoid"}, "moe.router is sigmoid, it has softmax"),
     ("Mixtral", {}, "soft", {"activation": "geglu"}, "moe.activation is geglu, it has swiglu"),
-    ("Mixtral", {}, "soft", {"balance": "bias"}, "moe.balance is bias, its choice has none"),
+    ("Mixtral", {}, "soft", {"balance": "bias"}, "moe.balance is bias, its router has none"),
     ("Mixtral", {}, "soft", {"scale": 2.0}, "moe.scale is 2.0, it has 1.0"),
     ("Qwen3Moe", {}, "soft_bare", {"num_shared": 1}, "moe.num_shared is 1, it has 0"),
     ("Mixtral", {}, "soft", {"num_groups": 2}, "moe.num_groups is 2, which its table does not know"),
@@ -35,6 +36,20 @@ REFUSED: list[tuple[str, Change, str, Change, str]] = [
     ("Qwen3Moe", {"norm_eps": 1e-5}, "", {}, "model.norm_eps is 1e-05, its query and key norms share 1e-06"),
     ("Qwen3Moe", {}, "wide_normed", {"qk_norm": False}, "attention.qk_norm is false"),
     ("Mamba", {"norm": "layer"}, "", {}, "model.norm is layer, which its table does not know"),
+    ("MiniMax", {"norm_place": "pre"}, "", {}, "model.norm_place is pre, it has through"),
+    ("MiniMax", {}, "lightning", {"decay": "none"}, "linear_attention.decay is none, it has lightning"),
+    ("MiniMax", {}, "lightning", {"norm_eps": 1e-5}, "linear_attention.norm_eps is 1e-05, it has 1e-06"),
+    ("MiniMax", {}, "lightning", {"num_heads": 8}, "heads of 4 x 16 and 8 x 16, it has one"),
+    ("MiniMax", {}, "attn", {"rope": False}, "attention.rope is false, it has true"),
+    ("MiniMax", {}, "soft", {"normalise_weights": False}, "moe.normalise_weights is false, it has true"),
+    (
+        "MiniMax",
+        {"pattern": "2 * (soft lightning) soft attn"},
+        "",
+        {},
+        "the order is not (linear_attention or attention)",
+    ),
+    ("MiniMax", {"multipliers": {"soft": Multipliers(input=0.5)}}, "", {}, "multipliers.input is 0.5, it has 1.0"),
     ("Rwkv", {"norm": "rms"}, "", {}, "model.norm is rms, it has layer"),
     ("Rwkv", {"norm_eps": 1e-6}, "", {}, "model.norm_eps is 1e-06, its last norm has 1e-05"),
     ("Rwkv", {"embedding_norm": False}, "", {}, "model.embedding_norm is false"),

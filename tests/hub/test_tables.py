@@ -13,7 +13,7 @@ from lmtrain.errors import DataError
 from lmtrain.hub.match import require
 from lmtrain.hub.table import LESS_ONE, to_disk, to_ours
 from lmtrain.hub.weights import INDEX, read_weights, write_weights
-from tests.hub.models import MODELS, build, config, shapes
+from tests.hub.models import MODELS, VOCAB, build, config, shapes
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -56,6 +56,21 @@ def test_bfloat16_keeps_decays_and_routers_in_fp32(tmp_path: Path) -> None:
     kept = {name.rpartition("mixer.")[2] for name, tensor in disk.items() if tensor.dtype == torch.float32}
     assert kept == {"A_log", "dt_bias", "D", "gate.weight", "gate.e_score_correction_bias"}
     assert torch.equal(disk["backbone.layers.0.mixer.A_log"], model.state_dict()["blocks.0.branch.decay.A_log"])
+
+
+def test_decays_on_disk_are_those_the_class_makes() -> None:
+    """MiniMax reads them from there, other programs from the configuration."""
+    from transformers import MiniMaxConfig
+    from transformers.models.minimax.modeling_minimax import MiniMaxLightningAttention
+
+    cfg = config("MiniMax")
+    cls = require(cfg)
+    theirs = MiniMaxConfig(**cls.config(cfg, VOCAB, 128))
+    disk = dict(to_disk([rule for rule in cls.rules(cfg) if not rule.ours], {}))
+    for layer in (0, 2):
+        for name, made in MiniMaxLightningAttention(theirs, layer).named_buffers():
+            torch.testing.assert_close(disk.pop(f"model.layers.{layer}.self_attn.{name}"), made, msg=name)
+    assert not disk
 
 
 def test_a_norm_kept_as_w_less_one_comes_back() -> None:

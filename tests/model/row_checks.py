@@ -76,6 +76,7 @@ BRANCHES: dict[str, Any] = {
     "attention_window_1": AttentionConfig(num_heads=2, window=1),
     "gla": GLAConfig(num_heads=2, gate_rank=3, gate_normalizer=2.0),
     "mamba": MambaConfig(d_state=3, dt_rank=2, conv_width=3),
+    "mamba_normed": MambaConfig(d_state=3, dt_rank=2, conv_width=3, selection_norm=True),
     "longhorn": LonghornConfig(d_state=3, expand=1, conv_width=3),
     "rg_lru": RGLRUConfig(width=12, num_heads=3, conv_width=3),
     "s4d": S4DConfig(d_state=6),

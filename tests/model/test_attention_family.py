@@ -9,15 +9,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DeepseekV3Config, GptOssConfig, Olmo2Config, Qwen3NextConfig
+from transformers import DeepseekV3Config, GptOssConfig, LlamaConfig, Olmo2Config, Qwen3NextConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
+from lmtrain.errors import UsageError
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.mla import MLAConfig
-from lmtrain.model.rope import rotate
+from lmtrain.model.rope import RopeScaling, rotate
 from tests.model.parity import (
     LENGTH,
     Named,
@@ -70,6 +72,58 @@ def settings(**more: Any) -> dict[str, Any]:
 
 def ours(**more: Any) -> AttentionConfig:
     return AttentionConfig(HEADS, num_kv_heads=KV_HEADS, head_dim=WIDTH, rope_theta=THETA, **more)
+
+
+@pytest.mark.parametrize(
+    ("theta", "width", "scaling", "peer"),
+    [
+        (5e5, 128, RopeScaling("llama3", 8.0, 8192), {"low_freq_factor": 1.0, "high_freq_factor": 4.0}),  # Llama 3.1
+        (1e6, 128, RopeScaling("yarn", 4.0, 32768), {}),  # Qwen3
+        (1e4, 16, RopeScaling("llama3", 3.0, 99, 2.0, 9.0), {"low_freq_factor": 2.0, "high_freq_factor": 9.0}),
+        (1e4, 16, RopeScaling("yarn", 3.0, 99, 2.0, 9.0), {"beta_slow": 2.0, "beta_fast": 9.0}),
+        (1e4, 16, RopeScaling("yarn", 1.5, 64, 1.0, 1.1), {"beta_slow": 1.0, "beta_fast": 1.1}),  # no pair between
+    ],
+)
+def test_slower_rotations_are_those_of_transformers(
+    theta: float, width: int, scaling: RopeScaling, peer: dict[str, float]
+) -> None:
+    named = {"rope_type": scaling.kind, "rope_theta": theta, "factor": scaling.factor, **peer}
+    named |= {"original_max_position_embeddings": scaling.original_length}
+    cfg = LlamaConfig(**settings(head_dim=width, rope_parameters=named))
+    expected, amplitude = ROPE_INIT_FUNCTIONS[scaling.kind](cfg, torch.device("cpu"))
+    rate = theta ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
+    torch.testing.assert_close(scaling.slowed(rate, theta), expected.double(), rtol=1e-5, atol=0)
+    assert scaling.amplitude == pytest.approx(amplitude)
+
+
+def test_slower_rotations_by_hand() -> None:
+    """Pairs that turn 8, 4, 2 and 1 times in the length before: w is 1, 1, 1/3 and 0."""
+    rate = torch.tensor([8.0, 4.0, 2.0, 1.0], dtype=torch.float64) * 2 * math.pi / 1000
+    slowed = RopeScaling("llama3", 10.0, 1000).slowed(rate, theta=16.0)
+    torch.testing.assert_close(slowed / rate, torch.tensor([1, 1, 0.4, 0.1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (
+            lambda: RopeScaling("llama3", 0.5, 100),
+            "rope_scaling: factor and original_length: expected at least 1, got 0.5 and 100",
+        ),
+        (
+            lambda: RopeScaling("llama3", 2.0, 100, slow=4.0),
+            "rope_scaling: slow: expected between 0 and fast 4, got 4",
+        ),
+        (
+            lambda: AttentionConfig(4, rope=False, rope_scaling=RopeScaling("yarn", 2.0, 100)),
+            "attention: rope_scaling: nothing turns without rope; leave one of them out",
+        ),
+    ],
+)
+def test_rotations_that_cannot_be_slowed(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make()
+    assert str(caught.value) == says
 
 
 def test_sinks_and_biases_are_those_of_gpt_oss() -> None:

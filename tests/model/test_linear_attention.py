@@ -48,14 +48,17 @@ def normed(y: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * weight
 
 
-def test_lightning_is_the_one_of_minimax() -> None:
-    """Its queries, keys and values are packed per head; its layer is our place."""
-    place, heads, width = Place(3, 7), 3, 6
+@pytest.mark.parametrize(
+    ("place", "layer", "layers"), [(Place(4, 10), 2, 5), (Place(9, 10), 4, 5), (Place(0, 1), 0, 1)]
+)
+def test_lightning_is_the_one_of_minimax(place: Place, layer: int, layers: int) -> None:
+    """Its queries, keys and values are packed per head; its layers are two branches each."""
+    heads, width = 3, 6
     cfg = LinearAttentionConfig(num_heads=heads, head_dim=width, decay="lightning", norm_eps=1e-6)
     peer_cfg = MiniMaxConfig(
-        hidden_size=D_MODEL, num_attention_heads=heads, head_dim=width, num_hidden_layers=place.count, block_size=16
+        hidden_size=D_MODEL, num_attention_heads=heads, head_dim=width, num_hidden_layers=layers, block_size=16
     )
-    peer = MiniMaxLightningAttention(peer_cfg, place.index)
+    peer = MiniMaxLightningAttention(peer_cfg, layer)
 
     def packed(p: Named) -> Named:
         parts = [p[f"{name}.weight"].view(heads, width, D_MODEL) for name in "qkv"]

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import FalconMambaConfig as NormedPeerConfig
 from transformers import MambaConfig as PeerConfig
+from transformers.models.falcon_mamba.modeling_falcon_mamba import FalconMambaMixer
 from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from lmtrain.errors import UsageError
@@ -34,11 +36,11 @@ from tests.model.parity import (
 D_MODEL = 32
 
 
-def test_mamba_is_the_one_of_transformers() -> None:
-    peer_cfg = PeerConfig(
-        hidden_size=D_MODEL, state_size=5, conv_kernel=4, expand=2, time_step_rank=3, num_hidden_layers=1
-    )
-    peer = MambaMixer(peer_cfg, 0).eval()
+@pytest.mark.parametrize("normed", [False, True], ids=["mamba", "falcon"])
+def test_mamba_is_the_one_of_transformers(normed: bool) -> None:
+    sizes = {"hidden_size": D_MODEL, "state_size": 5, "conv_kernel": 4, "expand": 2, "time_step_rank": 3}
+    peer_cfg = (NormedPeerConfig if normed else PeerConfig)(**sizes, num_hidden_layers=1)
+    peer = (FalconMambaMixer if normed else MambaMixer)(peer_cfg, 0, initialize_mixer_weights=False).eval()
 
     def packed(p: Named) -> Named:
         return {
@@ -53,7 +55,7 @@ def test_mamba_is_the_one_of_transformers() -> None:
             "out_proj.weight": p["o.weight"],
         }
 
-    branch = perturbed(MambaConfig(d_state=5, dt_rank=3), D_MODEL, torch.float32)
+    branch = perturbed(MambaConfig(d_state=5, dt_rank=3, selection_norm=normed), D_MODEL, torch.float32)
     assert_peer(branch, peer, peer, packed, D_MODEL)
 
 

@@ -19,7 +19,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
 from lmtrain.model.norm import RMSNorm
-from lmtrain.model.rope import rotate
+from lmtrain.model.rope import RopeScaling, rotate
 from lmtrain.model.settings import at_least, positive
 from lmtrain.ops.op import Cost
 
@@ -44,6 +44,8 @@ class AttentionConfig(Answers):
     """Part of a head's channels that turn, from the first."""
     rope_interleaved: bool = False
     """Turn pairs (2i, 2i + 1) instead of halves (i, i + K/2)."""
+    rope_scaling: RopeScaling | None = None
+    """Slower rotations for a longer context: llama3 or yarn; null: none."""
     qk_norm: bool = False
     """RMSNorm of queries and keys before the rotation (Qwen3)."""
     qk_norm_over: Literal["head", "all"] = "head"
@@ -74,6 +76,8 @@ class AttentionConfig(Answers):
         if not 0 < self.rope_fraction <= 1:
             raise UsageError(f"attention: rope_fraction: expected more than 0 and at most 1, got {self.rope_fraction}")
         positive(self, "rope_theta", "qk_norm_eps", "softcap")
+        if self.rope_scaling is not None and not self.rope:
+            raise UsageError("attention: rope_scaling: nothing turns without rope; leave one of them out")
         if self.head_embedding != "none" and (self.qk_norm or self.bias != "none"):
             raise UsageError("attention: head_embedding has one projection for all heads; leave out qk_norm and bias")
 
@@ -169,7 +173,8 @@ class Attention(Branch):
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         cfg = self.cfg
-        return rotate(x, positions, cfg.rope_theta, fraction=cfg.rope_fraction, interleaved=cfg.rope_interleaved)
+        how: dict[str, Any] = {"fraction": cfg.rope_fraction, "interleaved": cfg.rope_interleaved}
+        return rotate(x, positions, cfg.rope_theta, **how, scaling=cfg.rope_scaling)
 
     def param_info(self) -> dict[str, ParamInfo]:
         cfg, d_model, inner = self.cfg, self.d_model, self.cfg.num_heads * self.head_dim

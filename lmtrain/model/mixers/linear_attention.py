@@ -4,8 +4,8 @@ none:       S_t = S_{t-1} + phi(k_t) v_t^T        y_t = S_t^T phi(q_t) / sqrt(K)
 lightning:  S_t = exp(-s_h) S_{t-1} + silu(k_t) silu(v_t)^T      y_t = S_t^T silu(q_t)
             s_h = 2^{-8 (h + 1) / H} (1 - l / (L - 1 + 1e-5) + 1e-5)    out = W_o (sigmoid(W_g x) * RMSNorm_all(y))
 
-The norm takes the place of the paper's denominator: dividing y by a positive number does not change it. In s_h, l and L
-count branches, where MiniMax counts its layers, of two branches each.
+The norm takes the place of the paper's denominator: dividing y by a positive number does not change it. In s_h, layer l
+of L, from 0, is two branches, a mixer and its feed-forward: the first layer forgets fastest, the last hardly.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ from lmtrain.ops.op import Cost, compute_dtype
 
 # in the computing dtype: bf16 would round exp(x) - 1 + 1 of a negative x to 0
 FEATURES = {"elu": lambda x: F.elu(x.to(compute_dtype(x))) + 1, "relu": F.relu, "identity": lambda x: x}
+
+BRANCHES_PER_LAYER = 2
+"""By which lightning counts layers."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class LinearAttentionConfig(Answers):
         return ssd.cost(row, row[:3], row, row)
 
 
+def slopes(heads: Tensor, place: Place) -> Tensor:
+    """s_h of lightning attention, of all heads ``[H]``, given as 0 to H - 1 in the dtype to compute in."""
+    layer, last = place.index // BRANCHES_PER_LAYER, (place.count - 1) // BRANCHES_PER_LAYER
+    return torch.exp2(-8 * (heads + 1) / len(heads)) * (1 - layer / (last + 1e-5) + 1e-5)
+
+
 @register("linear_attention")
 class LinearAttention(Branch):
     """See the module. State: ``ssd`` fp32 ``[B, H, K, V]``."""
@@ -102,11 +111,10 @@ class LinearAttention(Branch):
 
     def log_decay(self, x: Tensor) -> Tensor:
         """``[H]``, of all heads: if x met a part of them, the scan would refuse it."""
-        heads = torch.arange(1, self.cfg.num_heads + 1, device=x.device, dtype=compute_dtype(x))
+        heads = torch.arange(self.cfg.num_heads, device=x.device, dtype=compute_dtype(x))
         if self.cfg.decay == "none":
             return torch.zeros_like(heads)
-        depth = 1 - self.place.index / (self.place.count - 1 + 1e-5) + 1e-5
-        return -torch.exp2(-8 * heads / self.cfg.num_heads) * depth
+        return -slopes(heads, self.place)
 
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         return {"ssd": (self.cfg.num_heads, self.head_dim, self.head_dim)}

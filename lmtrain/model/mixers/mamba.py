@@ -3,7 +3,8 @@
 dt = softplus(raw + dt_bias)      A = -exp(A_log)
 h_t[d,n] = exp(dt_t[d] A[d,n]) h_{t-1}[d,n] + dt_t[d] B_t[n] u_t[d]      y_t[d] = sum_n C_t[n] h_t[d,n] + D[d] u_t[d]
 
-u, raw, B, C and the output: ``selective``.
+u, raw, B, C and the output: ``selective``. Falcon-Mamba (arXiv 2410.05355) divides B, C and the inner projection of raw
+by their root mean square.
 """
 
 from __future__ import annotations
@@ -12,13 +13,18 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
 
 from lmtrain.errors import UsageError
 from lmtrain.model.branch import ParamInfo, Place, named, register
 from lmtrain.model.mimetic import mimetic
 from lmtrain.model.mixers.selective import Selective, SelectiveConfig
 from lmtrain.model.state_space import DecayRate
+from lmtrain.ops.op import compute_dtype
+
+SELECTION_EPS = 1e-6
+"""Added to the mean squares of ``selection_norm``."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class MambaConfig(SelectiveConfig):
 
     kind: str = "mamba"
     """mamba"""
+    selection_norm: bool = False
+    """RMSNorm, without weights, of B, of C and of the step size's inner projection (Falcon-Mamba)."""
     mimetic_length: int | None = None
     """Start as linear attention over so many tokens (arXiv 2410.11135); default: the usual initial values."""
 
@@ -39,6 +47,15 @@ class MambaConfig(SelectiveConfig):
         return inner, self.d_state
 
 
+class NormedLinear(nn.Linear):
+    """A projection without bias whose output, over the last dim, has a mean square of 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In x's dtype; the norm in the computing dtype."""
+        y = super().forward(x)
+        return F.rms_norm(y.to(compute_dtype(y)), y.shape[-1:], eps=SELECTION_EPS).to(y.dtype)
+
+
 @register("mamba")
 class Mamba(Selective):
     """See the module; state: ``Selective``."""
@@ -48,6 +65,10 @@ class Mamba(Selective):
     def __init__(self, cfg: MambaConfig, d_model: int, place: Place) -> None:
         super().__init__(cfg, d_model, place)
         self.mimetic_length = cfg.mimetic_length
+        if cfg.selection_norm:
+            self.dt_in = NormedLinear(self.inner, self.rank, bias=False)
+            self.B = NormedLinear(self.inner, cfg.d_state, bias=False)
+            self.C = NormedLinear(self.inner, cfg.d_state, bias=False)
         self.decay = DecayRate(*cfg.rates(self.inner))
 
     def steps(self, raw: Tensor, keys: Tensor) -> tuple[Tensor, Tensor | None]:
