@@ -4,6 +4,9 @@
 
 over the tokens s of t's document, the own token excluded: -inf at a document's first. k ``[B, T, C]``. The state
 ``[B, 2, C]`` is the sum over the document so far, and 1 where it has a token: zeros are the empty state.
+
+It is computed as ``m_t + log r_t`` with m the largest so far and r_t = exp(m_{t-1} - m_t) r_{t-1} + exp(k_t - m_t), a
+``diag_scan`` whose every term is at most 1.
 """
 
 from __future__ import annotations
@@ -11,12 +14,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lmtrain.ops.diag_scan import diag_scan
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.op import AffineOp, Cost, Span, check_row, check_shape, compute_dtype, starts_of
 
 INF = float("inf")
+NOTHING = -1e4
+"""A logarithm of 0, but finite: the difference of two infinities is no number."""
 
 
 def recurrence(k: Tensor, docs: Documents | None, initial_state: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -48,24 +55,33 @@ def _read(state: Tensor) -> Tensor:
     return torch.where(seen == 0, z.new_full((), -INF), z)
 
 
-def doubling(keys: Tensor, starts: Tensor, state: Tensor) -> Tensor:
-    """y by log2(T) passes: after each, a column holds the sum over twice as many columns before it.
+def _inclusive(keys: Tensor, docs: Documents | None, starts: Tensor, state: Tensor) -> Tensor:
+    """The sums with the own token, ``[B, T, C]``."""
+    seen, zero = state[:, 1] != 0, keys.new_zeros(())
+    with torch.no_grad():  # the sums do not depend on what they are computed over
+        largest = _running_max(torch.cat([_read(state)[:, None], keys], dim=1), starts)
+        falls = torch.where(starts[..., None], zero, (largest[:, :-1] - largest[:, 1:]).clamp(min=NOTHING))
+        held, largest = largest[:, 0], largest[:, 1:]
+    entering = torch.where(seen, torch.exp(torch.where(seen, state[:, 0] - held, zero)), zero)
+    total, _ = diag_scan(torch.exp(keys - largest), falls, docs=docs, initial_state=entering)
+    return largest + total.log()
 
-    A column of another document is never an operand, so documents stay independent to the bit.
+
+def _running_max(values: Tensor, starts: Tensor) -> Tensor:
+    """The largest of ``[B, 1 + T, C]`` so far in each document, rounded to fp32; column 0 stands before the row.
+
+    Documents stay independent to the bit: their number is the upper half of an integer, their numbers in order the
+    lower.
     """
-    length = keys.shape[1]
-    column = torch.arange(length, device=keys.device).expand(starts.shape)
-    opened = torch.where(starts, column, column.new_full((), -1)).cummax(dim=1).values
-    count = (column - opened)[..., None]  # terms of the sum: tokens before in the document, and the state if it entered
-    total = torch.cat([_read(state)[:, None], keys[:, :-1]], dim=1)[:, :length]
-    total = torch.where(count > 0, total, total.new_full((), -INF))
-    zero, distance = total.new_zeros(()), 1
-    while distance < length:
-        joins = count > distance
-        older, own = torch.where(joins, total.roll(distance, dims=1), zero), torch.where(joins, total, zero)
-        total = torch.where(joins, torch.logaddexp(older, own), total)
-        distance *= 2
-    return total
+    numbers = _ordered(values.float().contiguous().view(torch.int32))
+    document = F.pad(starts.cumsum(dim=1), (1, 0))[..., None]
+    top = ((document << 32) + (numbers.long() + 2**31)).cummax(dim=1).values
+    return _ordered(((top & 0xFFFFFFFF) - 2**31).int()).view(torch.float32).to(values.dtype)
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """int32 bits of fp32 numbers to integers in the order of the numbers, and back."""
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
 class LogSumExp(AffineOp):
@@ -91,8 +107,11 @@ class LogSumExp(AffineOp):
         if docs is not None and initial_state is not None and k.shape[1]:
             initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included
         keys, starts, state = _prepare(k, docs, initial_state)
-        span = self.span(k, docs=docs)
-        return doubling(keys, starts, state).to(k.dtype), self.combine(span.gamma, state, span.state)
+        if not k.shape[1]:
+            return k, state
+        total = _inclusive(keys, docs, starts, state)
+        y = torch.cat([_read(state)[:, None], total[:, :-1]], dim=1)
+        return torch.where(starts[..., None], -INF, y).to(k.dtype), _one(total[:, -1])
 
     def gamma(self, *inputs: Tensor | None, docs: Documents | None = None) -> Tensor:
         return self.span(*inputs, docs=docs).gamma
@@ -142,7 +161,7 @@ class LogSumExp(AffineOp):
         """Of the shape of k; an exponential and a logarithm count as one each."""
         batch, length, width = shapes[0]
         values = batch * length * width
-        return Cost(4 * values, 4 * values * max(length - 1, 0).bit_length(), 4 * 2 * values)
+        return Cost(4 * values, 8 * values, 4 * 2 * values)
 
 
 log_sum_exp = LogSumExp()

@@ -131,6 +131,24 @@ def test_keys_of_any_size(scale: float) -> None:
     assert y[:, 1:].isfinite().all() and grad.isfinite().all() and (grad[0, :-1, 0].sum() - 39).abs() < 1e-3
 
 
+@pytest.mark.parametrize("slope", [0.0, 0.01, -0.01])
+def test_long_rows_in_fp32(slope: float) -> None:
+    """Level, rising and falling keys: what rounding adds up to over 8192 terms, and every gradient of it."""
+    k = torch.randn(2, 8192, 3, generator=torch.Generator().manual_seed(0)) + slope * torch.arange(8192)[:, None]
+    ids = (torch.arange(8192) >= torch.tensor([[5000], [8192]])).int()
+    docs, weights = Documents.from_ids(ids), torch.linspace(-1, 1, k.numel()).view_as(k)
+
+    def told(keys: Tensor) -> tuple[Tensor, Tensor]:
+        keys = keys.requires_grad_()
+        y, state = log_sum_exp(keys, docs=docs)
+        y = torch.where(y.isneginf(), 0, y)
+        return y.detach(), torch.autograd.grad((y * weights.to(y)).sum() + state[:, 0].sum(), keys)[0]
+
+    (y, grad), (exact, gradient) = told(k.clone()), told(k.double())
+    torch.testing.assert_close(y.double(), exact, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(grad.double(), gradient, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [

@@ -25,6 +25,7 @@ from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.ffn.router import RouterWeights, route
 from lmtrain.model.init import constant, normal
 from lmtrain.ops.grouped import grouped_mm
+from lmtrain.ops.op import compute_dtype
 
 
 class Experts(nn.Module):
@@ -54,7 +55,9 @@ class Experts(nn.Module):
         if bias is None:
             return y
         expert = torch.searchsorted(offsets, torch.arange(rows.shape[0], device=rows.device), right=True)
-        return y + _mine(bias)[expert]
+        each = _mine(bias)
+        # indexed in the computing dtype: the gradient of an index sums over tokens in the dtype of what it indexes
+        return y + each.to(compute_dtype(each))[expert].to(y.dtype)
 
 
 def _mine(weight: Tensor) -> Tensor:

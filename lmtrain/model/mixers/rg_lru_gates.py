@@ -20,7 +20,10 @@ STEEPEST = 1000.0
 
 
 class Gates(nn.Module):
-    """``log a = -8 r softplus(Lambda)`` and ``sqrt(1 - a^2) i u``, r and i of u by block-diagonal matrices."""
+    """``log a = -8 r softplus(Lambda)`` and ``sqrt(1 - a^2) i u``, r and i of u by block-diagonal matrices.
+
+    All of it in fp32, the matrices included: r enters the decay of every later token.
+    """
 
     def __init__(self, channels: int, num_heads: int) -> None:
         super().__init__()
@@ -36,7 +39,7 @@ class Gates(nn.Module):
     def param_info(self) -> dict[str, ParamInfo]:
         heads, size, _ = self.recurrent.weight.shape
         init = normal(1 / math.sqrt(size))
-        block = ParamInfo("matrix", init, True, fan_in=size, fan_out=size, tp_dim=0, tp_units=heads)
+        block = ParamInfo("matrix", init, True, fp32=True, fan_in=size, fan_out=size, tp_dim=0, tp_units=heads)
         bias = ParamInfo("bias", constant(0.0), fp32=True, tp_dim=0, tp_units=heads)
         decay = ParamInfo("decay", initial_lambda, fp32=True, tp_dim=0, tp_units=heads)
         exact = {"recurrent_bias": bias, "input_bias": bias, "Lambda": decay}
@@ -44,15 +47,17 @@ class Gates(nn.Module):
 
 
 class BlockLinear(nn.Module):
-    """``u W`` per head: weight ``[H, b, b]``, in by out."""
+    """``u W`` per head, always fp32: weight ``[H, b, b]``, in by out."""
+
+    keeps_fp32 = True
 
     def __init__(self, num_heads: int, size: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_heads, size, size))
 
     def forward(self, u: Tensor) -> Tensor:
-        """``[B, T, H b]`` to the same."""
-        heads = u.unflatten(-1, (-1, self.weight.shape[1]))
+        """``[B, T, H b]`` to the same, in the computing dtype."""
+        heads = u.to(compute_dtype(u)).unflatten(-1, (-1, self.weight.shape[1]))
         return torch.einsum("bthi,hij->bthj", heads, self.weight).flatten(2)
 
 
@@ -69,9 +74,8 @@ class ExactGates(nn.Module):
 
     def forward(self, recurrent: Tensor, written: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
         """Raw gates ``[B, T, C]`` and document starts ``[B, T]`` to log a and ``sqrt(1 - a^2) i``."""
-        dtype = compute_dtype(recurrent)
-        r = torch.sigmoid(recurrent.to(dtype) + self.recurrent_bias)
-        i = torch.sigmoid(written.to(dtype) + self.input_bias)
+        r = torch.sigmoid(recurrent + self.recurrent_bias)
+        i = torch.sigmoid(written + self.input_bias)
         log_a = -RATE * r * F.softplus(self.Lambda)
         root = torch.where(starts[..., None], 1.0, BoundedRoot.apply(-torch.expm1(2 * log_a)))
         return log_a, root * i
