@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from op_roofline import Work, extent, ssd_work
 from torch import Tensor
 from torch.func import functional_call
 from transformers.models.kimi_linear.modeling_kimi_linear import chunk_kimi_delta_attention
@@ -37,7 +38,8 @@ class Entry:
     sizes: of its inputs, besides T. inputs: from sizes and T to the leaves; all floating ones get gradients.
     torch, transformers: name -> form, of which the fastest counts; ``default`` is how transformers runs its own.
     cost: of one forward, from sizes and T. bound: what the roofline is made of: FLOPs executed in products, as many
-    exponentials as the product of the dims ``exps``, or a copy of inputs and outputs.
+    exponentials as the product of the dims ``exps``, or a copy of inputs and outputs; or, if there is ``work``, from
+    sizes and T to that of the forward and the backward, all that it counts.
     faster: at T = 1024, forward and backward, how many times faster than (torch, transformers) it must be; memory: the
     share of torch's peak that it may take.
     """
@@ -51,6 +53,7 @@ class Entry:
     default: str | None = None
     bound: Literal["products", "exps", "copy"] = "copy"
     exps: str = ""
+    work: Callable[..., tuple[Work, Work]] | None = None
     faster: tuple[float | None, float | None] = (None, None)
     memory: float | None = None
 
@@ -217,11 +220,6 @@ def dplr_inputs(T: int, **sizes: int) -> list[Tensor]:
     return [v, r, -0.1 * w.abs(), k / sizes["K"] ** 0.5, -unit, unit * part.sigmoid()]
 
 
-def extent(dims: str, sizes: dict[str, int]) -> tuple[int, ...]:
-    """``BT1N`` to the sizes of these dims."""
-    return tuple(int(dim) if dim.isdigit() else sizes[dim] for dim in dims)
-
-
 def cost_of(op: Any, *inputs: str, **static: Any) -> Callable[..., Cost]:
     return lambda **sizes: op.cost(*(extent(dims, sizes) for dims in inputs), **static)
 
@@ -265,7 +263,7 @@ ENTRIES = {
         transformers={f"chunk {chunk}": ssd_chunked(chunk) for chunk in (32, 64, 128, 256)},
         default="chunk 256",
         cost=cost_of(ssd, "BTHP", "BTH", "BT1N", "BT1N"),
-        bound="products",
+        work=ssd_work,
         faster=(4, 8),
     ),
     "gla": Entry(

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from op_roofline import ssd_work
 from torch import Tensor
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
@@ -97,14 +98,6 @@ def error(leaves: list[Tensor], grad: Tensor) -> float:
     return max(float((got - want).abs().max() / want.abs().max()) for got, want in pairs)
 
 
-def products(shape: tuple[int, ...]) -> tuple[int, int]:
-    """FLOPs of our forward and backward's matrix products; what a group shares is counted once."""
-    batch, length, heads, head_dim, d_state = shape
-    state, values, keys = 2 * d_state * head_dim, 65 * head_dim, 65 * d_state // heads
-    tokens = batch * length * heads
-    return tokens * (2 * state + values + keys), tokens * (4 * state + 2 * values + 3 * keys)
-
-
 def measure(shape: tuple[int, ...]) -> dict[str, object]:
     leaves = leaves_of(shape)
     grad = torch.randn(shape[:4])
@@ -127,15 +120,16 @@ def measure(shape: tuple[int, ...]) -> dict[str, object]:
         mm = min(mm, time.perf_counter() - start)
         rounds += 1
     peak = 2 * 512**3 / mm
+    sizes = dict(zip("BTHPN", shape, strict=True))
     return {
-        "shape": dict(zip("BTHPN", shape, strict=True)),
+        "shape": sizes,
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "milliseconds": {name: [1e3 * t for t in times] for name, times in best.items()},
         "chunks": {"torch": chunk, "transformers": hf_chunk, "default": HF_DEFAULT},
         "ratios": {name: sum(times) / sum(best["ours"]) for name, times in best.items()},
         "mm_gflops": peak / 1e9,
-        "of_mm": [flops / t / peak for flops, t in zip(products(shape), best["ours"], strict=True)],
+        "of_mm": [work.flops / t / peak for work, t in zip(ssd_work(**sizes), best["ours"], strict=True)],
         "error": error(leaves, grad),
     }
 

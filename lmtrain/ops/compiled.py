@@ -49,14 +49,20 @@ def compiled(
     def save(ctx: Any, inputs: Inputs, output: tuple[Tensor, ...] | Tensor) -> None:
         output = (output,) if isinstance(output, Tensor) else output
         ctx.mark_non_differentiable(*output[returned:])
+        ctx.set_materialize_grads(False)  # else each backward fills zeros as large as the states that are kept
+        ctx.returned = tuple((value.shape, value.dtype) for value in output[:returned])
         kept = saved(inputs, output)
         ctx.save_for_backward(*(value for value in kept if value is None or isinstance(value, Tensor)))
         ctx.plain = tuple(value for value in kept if value is not None and not isinstance(value, Tensor))
         ctx.dims = tuple(value.dim() if isinstance(value, Tensor) else None for value in inputs)
 
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         kept = (*ctx.saved_tensors, *ctx.plain)  # read once: activation checkpointing recomputes, and only once
-        found = iter(getattr(torch.ops.lmtrain, f"{name}_backward")(*grads[:returned], *kept))
+        given = (
+            kept[0].new_zeros(shape, dtype=dtype) if grad is None else grad
+            for grad, (shape, dtype) in zip(grads, ctx.returned, strict=False)
+        )
+        found = iter(getattr(torch.ops.lmtrain, f"{name}_backward")(*given, *kept))
         results: list[Tensor | None] = []
         for dims, like in zip(ctx.dims, gradients(*kept), strict=True):
             grad = None if like is None else next(found)

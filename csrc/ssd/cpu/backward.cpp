@@ -24,7 +24,7 @@ struct Backward {
     // of a piece and group; a name ending in t is transposed, its rows kChunk long
     T *b, *c, *bt, *ct, *scores, *grad_bt, *grad_ct, *grad_scores;
     // of a head; values is first x, then grad_y
-    const T *next_x, *next_grad_y;  // what is read next
+    Ahead<T, 3> ahead;  // grad_y, x and grad_x of the next head
     T *values, *grad_yt, *xt, *weights, *read_sums;  // read_sums: [kChunk, lanes]
     // of a head: what tokens contribute to the gradient of log_a, as readers and writers of the piece and of states
     alignas(64) T reads[kChunk], writes[kChunk], reads_state[kChunk], writes_state[kChunk];
@@ -40,6 +40,7 @@ struct Backward {
         scores = scratch.take(kChunk * kChunk);
         grad_scores = scratch.take(kChunk * kChunk);
         weights = scratch.take(kChunk * kChunk);
+        std::memset(weights, 0, kChunk * kChunk * sizeof(T));  // blocks right of the diagonal stay so
         values = scratch.take(kChunk * width);
         grad_yt = scratch.take(kChunk * p.head_dim);
         xt = scratch.take(kChunk * p.head_dim);
@@ -79,13 +80,18 @@ struct Backward {
             std::memset(grad_scores, 0, kChunk * kChunk * sizeof(T));
             for (int64_t head = from; head < least(from + kHeads, last); ++head) {
                 const bool turn = head + 1 == last;  // to the next piece's first head
-                const Piece& soon = turn ? next : piece;
-                next_x = at_piece<const T>(p, soon, p.x, p.heads, turn ? first : head + 1, p.head_dim);
-                next_grad_y = at_piece<const T>(p, soon, p.grad_y, p.heads, turn ? first : head + 1, p.head_dim);
+                ask_for(turn ? next : piece, turn ? first : head + 1);
                 run_head(piece, head, entering<T>(p, piece, head), grad_states + (head - first) * state_size);
             }
             write_grad_keys(piece, group, block);
         }
+    }
+
+    void ask_for(const Piece& piece, int64_t head) {
+        ahead.arrays[0] = at_piece<const T>(p, piece, p.grad_y, p.heads, head, p.head_dim);
+        ahead.arrays[1] = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
+        ahead.arrays[2] = at_piece<const T>(p, piece, p.grad_x, p.heads, head, p.head_dim);
+        ahead.start(value_stride, piece.count);
     }
 
     // `grad_state` is the gradient of the state after the piece, and becomes that of the state before it.
@@ -109,7 +115,7 @@ struct Backward {
         if (state) {
             through_state(piece, state, grad_yt, ct, decay.enter, grad_ct, reads_state);
             scale_rows<IO>(values, width, piece.count, p.head_dim, decay.enter);
-            step_state<IO>(p, grad_state, leaving, decay.total(), c, key_width, values, piece.count);
+            step_state<IO>(p, grad_state, leaving, decay.total(), c, key_width, values, piece.count, ahead);
         }
         write_grad_log_a(piece, head, across);
     }
@@ -117,67 +123,67 @@ struct Backward {
     // U, and from it: grad_scores += D U, reads and writes = row and column sums of D U scores left of the diagonal.
     // weights = D scores.
     void within_piece(const Piece& piece, const Decay<IO, kChunk>& decay) {
-        DecayRow<IO, kChunk> row;
+        const Between<IO> between(decay);
         std::memset(writes, 0, sizeof(writes));
         for (int64_t block = 0; block < piece.count; block += kBlock) {
-            const int64_t end = least(block + kBlock, piece.count), columns = block + kBlock;
-            for_tiles<IO>(block, end, columns, [&](auto& tile, int64_t i, int64_t j) LM_INLINE {
-                tile.add(grad_yt + i, 1, kChunk, xt + j, kChunk, p.head_dim);
-                tile.store(weights + i * kChunk + j, kChunk);
-            });
-            for (int64_t i = block; i < end; ++i) {
-                row.move_to(i, decay);
-                Vec read = {};
-                for (int64_t j = 0; j < columns; j += lanes) {
-                    T *weight = weights + i * kChunk + j, *grad = grad_scores + i * kChunk + j;
-                    const Vec d = copy_in<Vec>(row.at + j, lanes), score = copy_in<Vec>(scores + i * kChunk + j, lanes);
-                    const Vec u = d * copy_in<Vec>(weight, lanes);
-                    const Vec pair = row.is(i, j) ? Vec{} : u * score;
-                    copy_out(grad, copy_in<Vec>(grad, lanes) + u, lanes);
-                    copy_out(weight, d * score, lanes);
-                    copy_out(writes + j, copy_in<Vec>(writes + j, lanes) + pair, lanes);
-                    read += pair;
+            const int64_t end = least(block + kBlock, piece.count);
+            std::memset(read_sums + block * lanes, 0, kBlock * lanes * sizeof(T));
+            for_tiles<IO>(block, end, block + kBlock, [&](auto& tile, int64_t i, int64_t j) LM_INLINE {
+                ahead.ask();
+                tile.add(values + i * width, width, 1, xt + j, kChunk, p.head_dim);
+                const T* score = scores + i * kChunk + j;
+                T *grad = grad_scores + i * kChunk + j, *weight = weights + i * kChunk + j;
+                T* read = read_sums + i * lanes;
+                Vec write[2] = {};  // per vector of the tile's columns
+                tile.each([&](Vec& value, int r, int column) LM_INLINE {
+                    const int64_t at = r * kChunk + column;
+                    const Vec d = between.at(i + r, j + column), s = copy_in<Vec>(score + at, lanes), u = d * value;
+                    const Vec pair = j + column < block ? u * s : between.is(i + r, j + column) ? Vec{} : u * s;
+                    copy_out(grad + at, copy_in<Vec>(grad + at, lanes) + u, lanes);
+                    copy_out(weight + at, d * s, lanes);
+                    copy_out(read + r * lanes, copy_in<Vec>(read + r * lanes, lanes) + pair, lanes);
+                    write[column / lanes] += pair;
+                });
+                for (int v = 0; v < tile.vectors; ++v) {
+                    T* to = writes + j + v * lanes;
+                    copy_out(to, copy_in<Vec>(to, lanes) + write[v], lanes);
                 }
-                copy_out(read_sums + i * lanes, read, lanes);
-            }
+            });
         }
         write_row_sums<IO>(reads, read_sums, piece.count, false);
     }
 
     void write_grad_x(const Piece& piece, int64_t head, const T* grad_state, const Decay<IO, kChunk>& decay) {
         T* grad_x = at_piece<T>(p, piece, p.grad_x, p.heads, head, p.head_dim);
-        for (int64_t block = 0; block < piece.count; block += kBlock) {
-            const int64_t end = least(block + kBlock, piece.count);
-            for_tiles<IO>(block, end, p.head_dim, [&](auto& tile, int64_t j, int64_t column) LM_INLINE {
-                const int64_t at = j * value_stride + column;
-                tile.template prefetch<true>(grad_x + at, value_stride);
-                tile.template prefetch<false>(next_x + at, value_stride);
-                tile.template prefetch<false>(next_grad_y + at, value_stride);
-                if (grad_state) {
-                    tile.add(bt + j, 1, kChunk, grad_state + column, width, p.d_state);
-                    tile.scale_rows(decay.leave + j);
-                }
-                tile.add(weights + j * kChunk + j, 1, kChunk, values + j * width + column, width, piece.count - j);
-                tile.store(grad_x + at, value_stride, p.head_dim - column);
-            });
-        }
+        for_tiles<IO>(0, piece.count, p.head_dim, [&](auto& tile, int64_t j, int64_t column) LM_INLINE {
+            ahead.ask();
+            if (grad_state) {
+                tile.add(bt + j, 1, kChunk, grad_state + column, width, p.d_state);
+                tile.scale_rows(decay.leave + j);
+            }
+            tile.add(weights + j * kChunk + j, 1, kChunk, values + j * width + column, width, piece.count - j);
+            tile.store(grad_x + j * value_stride + column, value_stride, p.head_dim - column);
+        });
     }
 
     // grad_keys[n, i] += factor_i (state right)[n, i], and sums[i] = the same times keys[n, i], summed over n.
     void through_state(const Piece& piece, const T* state, const T* right, const T* keys, const T* factor, T* grad_keys,
                        T* sums) {
         for_tiles<IO>(0, p.d_state, piece.count, [&](auto& tile, int64_t n, int64_t i) LM_INLINE {
+            ahead.ask();
             tile.add(state + n * width, width, 1, right + i, kChunk, p.head_dim);
+            const T *key = keys + n * kChunk + i, *scale = factor + i;
+            T* grad = grad_keys + n * kChunk + i;
             Vec sum[2] = {};  // per vector of the tile's columns
             tile.each([&](Vec& value, int r, int column) LM_INLINE {
-                const int64_t at = (n + r) * kChunk + i + column;
-                const Vec grad = value * copy_in<Vec>(factor + i + column, lanes);
-                copy_out(grad_keys + at, copy_in<Vec>(grad_keys + at, lanes) + grad, lanes);
-                sum[column / lanes] += grad * copy_in<Vec>(keys + at, lanes);
+                const int64_t at = r * kChunk + column;
+                const Vec factors = copy_in<Vec>(scale + column, lanes);
+                copy_out(grad + at, copy_in<Vec>(grad + at, lanes) + value * factors, lanes);
+                sum[column / lanes] += value * copy_in<Vec>(key + at, lanes);
             });
             for (int v = 0; v < tile.vectors; ++v) {
                 T* to = sums + i + v * lanes;
-                copy_out(to, copy_in<Vec>(to, lanes) + sum[v], lanes);
+                copy_out(to, copy_in<Vec>(to, lanes) + sum[v] * copy_in<Vec>(scale + v * lanes, lanes), lanes);
             }
         });
     }

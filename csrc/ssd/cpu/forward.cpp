@@ -11,6 +11,7 @@ struct Forward {
     const int64_t width = padded(p.head_dim), state_size = p.d_state * width, group_size = p.heads / p.groups;
     const int64_t value_stride = p.heads * p.head_dim;
     T *final_state, *bt, *ct, *scores, *x, *weights;  // bt, ct: B and C transposed
+    Ahead<T, 2> ahead;  // x and y of the next head
 
     Forward(const Params& params, T* memory) : p(params) {
         Scratch<T> scratch{memory};
@@ -20,6 +21,7 @@ struct Forward {
         scores = scratch.take(kChunk * kChunk);
         x = scratch.take(kChunk * width);
         weights = scratch.take(kChunk * kChunk);
+        std::memset(weights, 0, kChunk * kChunk * sizeof(T));  // blocks right of the diagonal stay so
     }
 
     // Heads [from, to) of a row; all of them piece after piece, since they share memory pages, and B and C in a group.
@@ -43,9 +45,8 @@ struct Forward {
                 if (state && k == begin) read_state<IO>(p, state, p.initial_state, row, head);
                 T* after = k + 1 == end ? final_state : entering<T>(p, p.pieces[k + 1], head);
                 const bool turn = head + 1 == to && k + 1 < end;  // to the next piece's first head
-                run_piece(piece, head, group, state, after,
-                          at_piece<const T>(p, turn ? p.pieces[k + 1] : piece, p.x, p.heads, turn ? from : head + 1,
-                                            p.head_dim));
+                ask_for(turn ? p.pieces[k + 1] : piece, turn ? from : head + 1);
+                run_piece(piece, head, group, state, after);
                 if (k + 1 == end) write_state(p, p.final_state, row, head, final_state);
             }
         }
@@ -64,9 +65,14 @@ struct Forward {
         }
     }
 
-    // `state` enters the piece, or null for zero; `after` is the state after it, or null if it is not needed; `next_x`
-    // is the x that is read next.
-    void run_piece(const Piece& piece, int64_t head, int64_t group, const T* state, T* after, const T* next_x) {
+    void ask_for(const Piece& piece, int64_t head) {
+        ahead.arrays[0] = at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim);
+        ahead.arrays[1] = at_piece<const T>(p, piece, p.y, p.heads, head, p.head_dim);
+        ahead.start(value_stride, piece.count);
+    }
+
+    // `state` enters the piece, or null for zero; `after` is the state after it, or null if it is not needed.
+    void run_piece(const Piece& piece, int64_t head, int64_t group, const T* state, T* after) {
         const int64_t stride = p.groups * p.d_state;
         const T* b = at_piece<const T>(p, piece, p.b, p.groups, group, p.d_state);
         T* y = at_piece<T>(p, piece, p.y, p.heads, head, p.head_dim);
@@ -75,34 +81,28 @@ struct Forward {
         pack<IO>(x, width, at_piece<const T>(p, piece, p.x, p.heads, head, p.head_dim), value_stride, piece.count,
                  p.head_dim);
         decay_scores(piece, decay);
-        for (int64_t block = 0; block < piece.count; block += kBlock) {
-            const int64_t end = least(block + kBlock, piece.count);
-            for_tiles<IO>(block, end, p.head_dim, [&](auto& tile, int64_t i, int64_t column) LM_INLINE {
-                const int64_t at = i * value_stride + column;
-                tile.template prefetch<true>(y + at, value_stride);
-                tile.template prefetch<false>(next_x + at, value_stride);
-                if (state) {
-                    tile.add(ct + i, 1, kChunk, state + column, width, p.d_state);
-                    tile.scale_rows(decay.enter + i);
-                }
-                tile.add(weights + i * kChunk, kChunk, 1, x + column, width, i + tile.rows);
-                tile.store(y + at, value_stride, p.head_dim - column);
-            });
-        }
+        for_tiles<IO>(0, piece.count, p.head_dim, [&](auto& tile, int64_t i, int64_t column) LM_INLINE {
+            ahead.ask();
+            ahead.ask();
+            if (state) {
+                tile.add(ct + i, 1, kChunk, state + column, width, p.d_state);
+                tile.scale_rows(decay.enter + i);
+            }
+            tile.add(weights + i * kChunk, kChunk, 1, x + column, width, i + tile.rows);
+            tile.store(y + i * value_stride + column, value_stride, p.head_dim - column);
+        });
         if (!after) return;
         scale_rows<IO>(x, width, piece.count, p.head_dim, decay.leave);
-        step_state<IO>(p, after, state, decay.total(), b, stride, x, piece.count);
+        step_state<IO>(p, after, state, decay.total(), b, stride, x, piece.count, ahead);
     }
 
     // weights = D * scores
     void decay_scores(const Piece& piece, const Decay<IO, kChunk>& decay) {
-        DecayRow<IO, kChunk> row;
+        const Between<IO> between(decay);
         for (int64_t i = 0; i < piece.count; ++i) {
-            row.move_to(i, decay);
             for (int64_t j = 0; j < i / kBlock * kBlock + kBlock; j += kLanes<IO>) {
-                const Vec value = copy_in<Vec>(row.at + j, kLanes<IO>) *
-                                  copy_in<Vec>(scores + i * kChunk + j, kLanes<IO>);
-                copy_out(weights + i * kChunk + j, value, kLanes<IO>);
+                const int64_t at = i * kChunk + j;
+                copy_out(weights + at, between.at(i, j) * copy_in<Vec>(scores + at, kLanes<IO>), kLanes<IO>);
             }
         }
     }

@@ -1,9 +1,10 @@
 // What forward and backward have in common: where a piece's tensors lie, its scores, and a step of the state.
 #pragma once
 
-#include "simd/decay.h"
 #include "simd/panel.h"
 #include "simd/tile.h"
+#include "ssd/cpu/ahead.h"
+#include "ssd/cpu/between.h"
 #include "ssd/kernel.h"
 
 namespace {
@@ -61,13 +62,14 @@ void piece_scores(const Params& p, const Piece& piece, const T* bt, const T* ct,
 
 // after = decay * before + left^T right, for left [tokens, d_state] and right [tokens, padded(head_dim)]. `before` may
 // be null for zero, or `after`. Where the decay is 0 it drops even what is not finite.
-template <typename IO, typename T = typename IO::Compute>
+template <typename IO, typename Soon, typename T = typename IO::Compute>
 void step_state(const Params& p, T* after, const T* before, T decay, const T* left, int64_t left_stride,
-                const T* right, int64_t tokens) {
+                const T* right, int64_t tokens, Soon& ahead) {
     const int64_t width = padded(p.head_dim);
     const bool carry = before != nullptr && decay != 0;
     for_tiles<IO>(0, p.d_state, width, [&](auto& tile, int64_t n, int64_t column) LM_INLINE {
         using Vec = typename IO::Vec;
+        ahead.ask();
         tile.add(left + n, 1, left_stride, right + column, width, tokens);
         if (carry) {
             const T* old = before + n * width + column;
