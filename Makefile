@@ -16,7 +16,7 @@ LIBRARY := $(VENV)/.library
 MODULES := $(VENV)/.modules
 CSRC := $(shell find csrc -type f)
 
-.PHONY: FORCE help install demo test test-distributed test-all lint bench bench-ops abi-check fuzz clean
+.PHONY: FORCE help install demo test test-distributed test-all lint bench bench-ops bench-data bench-recall abi-check parity-fla fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -70,8 +70,17 @@ bench: bench-ops ## bench-ops, and whole training steps against transformers
 bench-ops: install ## every op against plain torch and transformers, about six minutes; writes benchmarks/results/ops.json
 	@$(BIN)/python benchmarks/ops.py $(ARGS)
 
+bench-data: install ## order, loading, opening and ingest against numpy and datasets, two minutes; writes benchmarks/results/data.json
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/data.py $(ARGS)
+
+bench-recall: install ## MQAR and parity learned by every mixer, under 20 minutes on two cores; writes benchmarks/results/recall.json
+	@OMP_NUM_THREADS=1 $(BIN)/python benchmarks/recall.py $(ARGS)
+
 abi-check: install ## the library under torch 2.11 and the newest (downloads 5 GB, CUDA wheels included; keeps 9 GB in build/abi)
 	@$(BIN)/python tests/ops/abi_check.py $(or $(ARGS),"2.11.*" newest)
+
+parity-fla: install ## ops and mixers against flash-linear-attention (an environment of its own, keeps 2 GB in build/fla)
+	@$(BIN)/python tests/peers/parity_fla.py
 
 fuzz: install ## the library's ops on random arguments under AddressSanitizer (a build of its own, minutes)
 	@$(BIN)/python tests/ops/fuzz_bindings.py $(ARGS)

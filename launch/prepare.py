@@ -1,12 +1,14 @@
-"""Make training data: tokenize text, hold some out, shuffle, write, verify.
+"""Make training data: tokenize text, hold some out, shuffle, write; look at it, check it, join it, pack it.
 
     python launch/prepare.py python-corpus out=data/python
+    python launch/prepare.py debian-corpus out=data/debian
     python launch/prepare.py out=data/demo tokenizer=train:2048 heldout=0.03 workers=2 \\
         sources.code.path=data/python/code.jsonl sources.docs.path='manuals/**/*.txt'
     python launch/prepare.py verify data/demo
 
-The first form collects the text that comes with Python. The second makes data/demo/tokenizer.json and a folder per
-source, which a recipe names as data.tokenizer and data.sources.NAME.path. The third reads everything and compares.
+The first form collects the text that comes with Python, the second some 190 MB of Debian's documentation (downloaded).
+The third makes data/demo/tokenizer.json and a folder per
+source, which a recipe names as data.tokenizer and data.sources.NAME.path. The last is a verb on data that is there.
 A source is a file, a folder, a glob (text, jsonl, parquet, arrow, csv), or a dataset on the Hugging Face hub.
 """
 
@@ -15,26 +17,30 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from pathlib import Path
+from inspect import cleandoc
 from typing import Any, get_type_hints
 
+from lmtrain.data.debian_corpus import write_debian_corpus
 from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.manifest import NAME, Manifest, verify
 from lmtrain.data.python_corpus import write_python_corpus
 from lmtrain.data.reading import SourceOptions
-from lmtrain.errors import EXIT_DONE, DataError, LmtrainError, UsageError, nearest
+from lmtrain.data.store_verbs import VERBS, summary
+from lmtrain.errors import EXIT_DONE, LmtrainError, UsageError, nearest
 
 
 def main(argv: list[str]) -> int:
     """Run the command line ``argv``; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        verb = VERBS.get(argv[0]) if argv else None
         if not argv or {"--help", "-h", "help"} & set(argv):
-            print(help_page())
-        elif argv[0] == "verify":
-            _verify(argv[1:])
+            print(help_page() if verb is None else cleandoc(verb.__doc__ or ""))
+        elif verb is not None:
+            verb(argv[1:])
         elif argv[0] == "python-corpus":
             _python_corpus(argv[1:])
+        elif argv[0] == "debian-corpus":
+            _debian_corpus(argv[1:])
         else:
             _prepare(argv)
     except LmtrainError as error:
@@ -51,19 +57,19 @@ def parse(argv: list[str]) -> PrepareConfig:
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals:
-            raise UsageError(f"{argument}: expected key=value; --help shows how")
+            raise UsageError(f"{argument}: expected key=value or a verb{nearest(argument, VERBS)}; --help shows how")
         first, *rest = key.split(".")
         if first == "sources" and len(rest) == 2:
             fields = [field.name for field in dataclasses.fields(SourceOptions)]
             if rest[1] not in fields:
                 raise UsageError(f"{key}: unknown key{nearest(rest[1], fields)}")
-            sources.setdefault(rest[0], {})[rest[1]] = text
+            sources.setdefault(rest[0], {})[rest[1]] = _value(key, text, get_type_hints(SourceOptions)[rest[1]])
         elif first == "sources":
             raise UsageError(f"{key}: write sources.NAME.path=...")
         elif key not in known:
             raise UsageError(f"{key}: unknown key{nearest(key, known)}")
         else:
-            given[key] = _value(key, text)
+            given[key] = _value(key, text, get_type_hints(PrepareConfig)[key])
     for name, options in sources.items():
         if "path" not in options:
             raise UsageError(f"sources.{name}.path: missing")
@@ -77,7 +83,8 @@ def help_page() -> str:
     """What the program does and every key, from the dataclasses."""
     from lmtrain.config.schema import keys_of
 
-    lines = [(__doc__ or "").rstrip(), ""]
+    verbs = [f"  {name:<26} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    lines = [(__doc__ or "").rstrip(), "", "Verbs (VERB --help tells more):", *verbs, "", "Settings:"]
     for prefix, settings in (("", PrepareConfig), ("sources.NAME.", SourceOptions)):
         for key in keys_of(settings).values():
             if key.name != "sources":
@@ -86,8 +93,7 @@ def help_page() -> str:
     return "\n".join(lines)
 
 
-def _value(key: str, text: str) -> Any:
-    kind = get_type_hints(PrepareConfig)[key]
+def _value(key: str, text: str, kind: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[text.lower()]
@@ -102,37 +108,27 @@ def _prepare(argv: list[str]) -> None:
     manifests, made = prepare(cfg)
     print(f"{cfg.out}: {'made' if made else 'already made from the same text and settings, nothing to do'}")
     for name, manifest in manifests.items():
-        _show(name, manifest)
-
-
-def _show(name: str, manifest: Manifest) -> None:
-    train, heldout = manifest.file("train.bin"), manifest.file("heldout.bin")
-    removed = sum(step.get("removed", 0) for step in manifest.pipeline)
-    per_token = manifest.bytes_of_text["train"] / max(train.tokens, 1)
-    print(
-        f"  {name}: {train.documents:,} documents, {train.tokens:,} tokens, {per_token:.2f} bytes per token; held out "
-        f"{heldout.documents:,} documents, {heldout.tokens:,} tokens; left out {removed:,} documents"
-    )
-
-
-def _verify(argv: list[str]) -> None:
-    if len(argv) != 1:
-        raise UsageError("verify: expected one folder")
-    root = Path(argv[0])
-    folders = [root] if (root / NAME).exists() else sorted(path.parent for path in root.glob(f"*/{NAME}"))
-    if not folders:
-        raise DataError(f"{root}: no {NAME} there or one folder below")
-    for folder in folders:
-        _show(str(folder), verify(folder))
-    print(f"{root}: verified")
+        print(summary(name, manifest))
 
 
 def _python_corpus(argv: list[str]) -> None:
-    if len(argv) != 1 or not argv[0].startswith("out="):
-        raise UsageError("python-corpus: expected out=FOLDER and nothing else")
-    out = argv[0].removeprefix("out=")
+    out = _out("python-corpus", argv)
     for name, (documents, size) in write_python_corpus(out).items():
         print(f"  {out}/{name}.jsonl: {documents:,} documents, {size / 1e6:.2f} MB")
+
+
+def _debian_corpus(argv: list[str]) -> None:
+    out = _out("debian-corpus", argv)
+    made = write_debian_corpus(out)
+    for name, domain in made["domains"].items():
+        print(f"  {out}/{name}.jsonl: {domain['documents']:,} documents, {domain['bytes_of_text'] / 1e6:.2f} MB")
+    print(f"  {out}/SOURCES.json: packages, versions, licences; digest of the corpus {made['digest']}")
+
+
+def _out(verb: str, argv: list[str]) -> str:
+    if len(argv) != 1 or not argv[0].startswith("out="):
+        raise UsageError(f"{verb}: expected out=FOLDER and nothing else")
+    return argv[0].removeprefix("out=")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from lmtrain.checkpoint.lock import RunLock
 from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.loader import StepData
+from lmtrain.data.reader import StepData
 from lmtrain.data.reading import SourceOptions
 from lmtrain.pretrain import main
 from lmtrain.train.loop import Trainer

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from lmtrain.checkpoint.storage import LocalStorage
 from lmtrain.config.load import load
-from lmtrain.data.tokenizer import train_bpe
+from lmtrain.data.tokenizer_training import train_bpe
 from lmtrain.engine.fsdp import FSDPEngine
 from lmtrain.errors import EXIT_DATA, EXIT_DONE, EXIT_IO, EXIT_UNHEALTHY, EXIT_USAGE
 from lmtrain.model.language_model import LanguageModel
@@ -65,7 +65,7 @@ MISTAKES = [
     Mistake("steps and tokens", "train.tokens=4096", EXIT_USAGE, r"steps and tokens are both set; keep one"),
     Mistake("neither", "train.steps=null", EXIT_USAGE, r"train: how long\? give one of steps .* and tokens"),
     Mistake("warm-up too long", "train.schedule.warmup_tokens=9999", EXIT_USAGE, r"warmup_tokens: .* 4,096 tokens"),
-    Mistake("more than there is", "train.steps=99999", EXIT_USAGE, r"data\.sources\.\w+: 99999 steps need .* epochs"),
+    Mistake("more than there is", "train.steps=99999", EXIT_USAGE, r"data\.sources\.\w+: the run needs .* epochs"),
     # what divides what
     Mistake("head_dim", "model.branches.ssm.head_dim=24", EXIT_USAGE, r"ssm: head_dim 24 does not divide .*64"),
     Mistake("heads", "model.branches.attn.num_heads=3", EXIT_USAGE, r"num_kv_heads 2 does not divide num_heads 3"),

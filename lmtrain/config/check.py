@@ -5,8 +5,6 @@ What needs the world (``lmtrain.parallel.supported``) or the data is checked whe
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from lmtrain.config.files import COMMAND_LINE, Tree
@@ -37,9 +35,8 @@ def _length(recipe: Recipe, tree: Tree) -> None:
         rows = max(1, round(train.batch_tokens / data.seq_len))
         message = f"{train.batch_tokens} is no multiple of data.seq_len {data.seq_len} (nearest: {rows * data.seq_len})"
         raise tree.error("train.batch_tokens", message)
-    steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / train.batch_tokens)
     try:
-        check_schedule(train.schedule, steps * train.batch_tokens)
+        check_schedule(train.schedule, train.schedule_of(data).tokens(train.num_steps(data)))
     except UsageError as error:
         key, _, message = str(error).partition(": ")
         raise tree.error(key, message) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,24 +44,30 @@ def load(argv: list[str]) -> Settings:
 
     Raises UsageError, in one sentence that cites the file or the command line, for whatever cannot be run as written.
     """
-    overrides = {section: Tree(section) for section in SECTIONS}
-    for argument in argv:
-        section, change = _override(argument)
-        overrides[section].merge(change, COMMAND_LINE)
-    if "recipe" not in overrides["launch"].keys:
+    overrides = [_override(argument) for argument in argv]
+    launch_tree = Tree("launch")
+    _lay(overrides, launch_tree)
+    if "recipe" not in launch_tree.keys:
         raise UsageError(f"command line: no recipe=NAME or recipe=PATH; known: {', '.join(names('recipe'))}")
-    launch = build(overrides["launch"], overrides["launch"].keys)
+    launch = build(launch_tree, launch_tree.keys)
     path = find("recipe", launch.recipe)
     recipe_tree = Tree("recipe", path)
     cluster_tree = Tree("cluster", find("cluster", launch.cluster))
-    for tree in (recipe_tree, cluster_tree):
-        tree.merge(overrides[tree.section].keys, COMMAND_LINE)
+    _lay(overrides, recipe_tree, cluster_tree)
     _refuse_newer(recipe_tree)
     recipe = _name_run(build(recipe_tree, recipe_tree.resolve()), path)
     cluster = build(cluster_tree, cluster_tree.resolve())
     check(recipe, launch, recipe_tree)
-    sources = overrides["launch"].sources | cluster_tree.sources | recipe_tree.sources
+    sources = launch_tree.sources | cluster_tree.sources | recipe_tree.sources
     return Settings(recipe, cluster, launch, sources)
+
+
+def _lay(overrides: Sequence[tuple[str, dict[str, Any]]], *trees: Tree) -> None:
+    """One after another: ``a=null a.b=1`` leaves only b in a."""
+    for section, change in overrides:
+        for tree in trees:
+            if tree.section == section:
+                tree.merge(change, COMMAND_LINE)
 
 
 def _override(argument: str) -> tuple[str, dict[str, Any]]:

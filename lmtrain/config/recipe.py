@@ -51,6 +51,14 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class ScheduleLaunch:
+    """What becomes of events in a run's schedule.jsonl that are newer than the checkpoint it goes on from."""
+
+    fork: bool = False
+    """Forget them (a copy of the file stays beside it), so that the run may take another course; false: they hold."""
+
+
+@dataclass(frozen=True)
 class Launch:
     """What only a command line says: which files, where to begin, what to print."""
 
@@ -64,6 +72,8 @@ class Launch:
     """Checkpoint whose weights a new run starts from."""
     branch_from: str | None = None
     """Checkpoint whose whole state a new run continues, e.g. for a decay of its own."""
+    schedule: ScheduleLaunch = field(default_factory=ScheduleLaunch)
+    """Events of the mixture made after the checkpoint."""
     dry_run: bool = False
     """Print what would run (parameters, FLOPs, memory, mesh) and stop."""
     json: bool = False

@@ -29,8 +29,11 @@ def _lines(settings: Any, indent: str) -> Iterator[str]:
         if dataclasses.is_dataclass(value):
             yield from _lines(value, f"{indent}  ")
         for name, part in named.items():
-            yield f"{indent}  {scalar(name)}:"
-            yield from _lines(part, f"{indent}    ")
+            if dataclasses.is_dataclass(part):
+                yield f"{indent}  {scalar(name)}:"
+                yield from _lines(part, f"{indent}    ")
+            else:
+                yield f"{indent}  {scalar(name)}: {scalar(part)}"
 
 
 def scalar(value: Any) -> str:

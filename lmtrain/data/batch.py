@@ -73,26 +73,29 @@ def make_batch(
     log_length: int = 1,
     before: Tensor | None = None,
     padding: Tensor | None = None,
+    targets: Tensor | None = None,
 ) -> Batch:
     """A batch from whole windows.
 
     tokens: int ``[B, T + 1]``: inputs are ``[:, :T]``, labels ``[:, 1:]``. ids: int32 ``[B, T + 1]`` document ids.
     A label whose document differs from its input's is ignored. padding: bool ``[B, T + 1]``, True where no token is.
+    targets: bool ``[B, T + 1]``, True for the tokens that may be labels; None: all.
     """
-    inputs, labels = tokens[:, :-1].to(torch.int32), tokens[:, 1:].to(torch.int32)
     ignored = ids[:, 1:] != ids[:, :-1]
     if padding is not None:
         ignored = ignored | padding[:, 1:] | padding[:, :-1]
-    labels = torch.where(ignored, labels.new_full((), IGNORE), labels)
+    if targets is not None:
+        ignored = ignored | ~targets[:, 1:]
+    labels = tokens[:, 1:].to(torch.int32).masked_fill(ignored, IGNORE)
     docs = Documents.from_ids(ids[:, :-1].contiguous(), before)
     return Batch(
-        tokens=inputs.contiguous(),
+        tokens=tokens[:, :-1].to(torch.int32).contiguous(),
         labels=labels.contiguous(),
         docs=docs,
         positions=docs.positions(),
         source=source.to(torch.int32),
         block=block.to(torch.int64),
         run=block.to(torch.int64) if run is None else run.to(torch.int64),
-        num_targets=int((labels != IGNORE).sum()),
+        num_targets=labels.numel() - int(torch.count_nonzero(ignored)),
         log_length=log_length,
     )

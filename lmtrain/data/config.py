@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+from lmtrain.data.policies.config import PolicyConfig
+from lmtrain.data.steps import check_ramp
 
 
 @dataclass(frozen=True)
 class SourceConfig:
     """One source of training text."""
 
-    path: str
-    """A folder made by launch/prepare.py, or the prefix of a Megatron .bin/.idx pair."""
+    path: str | None = None
+    """A folder made by launch/prepare.py, the prefix of a Megatron .bin/.idx pair, or a .ds or flat .npy file."""
     weight: float = 1.0
     """Share of the blocks, relative to the other sources."""
+    synthetic: str | None = None
+    """Instead of a path: package.module:function, which makes document i (docs/data.md)."""
+    arguments: dict[str, int | float | str | bool] = field(default_factory=dict)
+    """synthetic: further arguments of the function."""
 
     def __post_init__(self) -> None:
+        if (self.path is None) == (self.synthetic is None):
+            raise ValueError("path: give a folder made by launch/prepare.py, or synthetic; one of them")
+        if self.arguments and self.synthetic is None:
+            raise ValueError("arguments: are those of a synthetic source; this one has a path")
         if self.weight < 0:
             raise ValueError(f"weight: must not be negative, got {self.weight}")
 
@@ -31,14 +43,32 @@ class DataConfig:
     """Named sources; names are part of the data order, adding one does not reorder the others."""
     block_tokens: int | None = None
     """Unit of sampling in tokens, the longest seq_len of the run; a multiple of seq_len. Default: seq_len."""
+    packing: Literal["concat", "best_fit", "unpacked"] = "concat"
+    """Documents in blocks: end to end; whole ones by launch/prepare.py pack; one per block, the rest padding."""
     max_epochs: float = 16.0
     """Refuse a run that reads a source more often than this."""
+    seq_lens: list[tuple[int, int]] = field(default_factory=list)
+    """Length curriculum: pairs [tokens read, tokens in a row] from 0 tokens on; the last length is seq_len."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The first mixture, and what changes it during the run."""
+
+    @property
+    def block_length(self) -> int:
+        """Tokens of a block."""
+        return self.block_tokens or self.seq_len
 
     def __post_init__(self) -> None:
         if self.seq_len < 1:
             raise ValueError(f"seq_len: must be at least 1, got {self.seq_len}")
         if self.block_tokens is not None and (self.block_tokens < 1 or self.block_tokens % self.seq_len):
             raise ValueError(f"block_tokens: must be a multiple of seq_len {self.seq_len}, got {self.block_tokens}")
+        check_ramp("seq_lens", self.seq_lens, self.seq_len, "seq_len")
+        for _, length in self.seq_lens:
+            if self.block_length % length:
+                raise ValueError(
+                    f"seq_lens: {length} does not divide a block of {self.block_length} tokens (block_tokens, by "
+                    "default seq_len)"
+                )
         if self.max_epochs <= 0:
             raise ValueError(f"max_epochs: must be positive, got {self.max_epochs}")
         for name in self.sources:

@@ -33,7 +33,7 @@ class Heldout:
         self.num_unpredicted: dict[str, int] = {}
         self.bytes_of_text: dict[str, int] = {}
         self._sources: dict[str, tuple[int, Source]] = {}
-        for number, source in enumerate(open_sources(cfg, tokenizer)):
+        for source in open_sources(cfg, tokenizer):
             if source.heldout is None or source.manifest is None or source.heldout.num_tokens == 0:
                 continue
             starts = source.heldout.document_starts
@@ -48,7 +48,7 @@ class Heldout:
             used = starts[:-1] < self.num_tokens[source.name]
             self.num_unpredicted[source.name] = int((used & (np.diff(starts) > 0)).sum())
             self.source_names.append(source.name)
-            self._sources[source.name] = (number, source)
+            self._sources[source.name] = (list(cfg.sources).index(source.name), source)
 
     def batches(self, source: str, rows: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
         """This rank's batches of ``rows`` rows of seq_len; every rank has equally many.

@@ -13,28 +13,47 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
 import lmtrain
-from lmtrain.data.encoding import Encoder, encoded, jobs_of
-from lmtrain.data.manifest import HeldoutEntry, Manifest, TokenizerEntry, file_entries
+from lmtrain.data.assembly import join, shuffle
+from lmtrain.data.encoding import (
+    NEAR_HELDOUT,
+    ROUND_TRIPS,
+    Encoded,
+    Encoder,
+    EncoderSettings,
+    Marked,
+    marked,
+    read_counts,
+    write_shard,
+)
+from lmtrain.data.filters.decontaminate import evaluation_files, read_evaluations
+from lmtrain.data.fim import NAMES as FIM_NAMES
+from lmtrain.data.manifest import HeldoutEntry, Manifest, TokenizerEntry, file_digest, file_entries
 from lmtrain.data.overlap import SHINGLE, THRESHOLD
-from lmtrain.data.permutation import permute
+from lmtrain.data.processes import Workers
 from lmtrain.data.progress import Progress
-from lmtrain.data.reading import SourceOptions, inputs_digest
-from lmtrain.data.selection import RULE, Selection, Side, select, selected
-from lmtrain.data.store import Store, StoreWriter, sync_folder
-from lmtrain.data.tokenizer import EOD, Tokenizer, train_bpe
+from lmtrain.data.reading import Chunk, SourceOptions, inputs_digest, read_documents
+from lmtrain.data.selection import RULE, TRAIN, Selection, select
+from lmtrain.data.shards import made_durably, run_pass
+from lmtrain.data.store import sync_folder
+from lmtrain.data.survey import survey
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.tokenizer_training import make_tokenizer, to_train
 from lmtrain.errors import DataError, StorageError, UsageError
 
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 """Raised whenever equal inputs would give another output."""
 TOKENIZER_BYTES = 1 << 28
 """Text a tokenizer is trained on, at most; a share of every source, chosen by the hash of the text."""
-ROUND_TRIPS = 100
+SAMPLE, SAMPLE_LENGTH = 1000, 2000
+"""Documents, and characters of each, on which a faster engine must give the same ids."""
+MAX_BYTE_TOKENS = 0.05
 
 log = logging.getLogger(__name__)
 
@@ -46,15 +65,20 @@ class PrepareConfig:
     out: str
     """Folder that gets tokenizer.json and one folder per source."""
     tokenizer: str
-    """train:N for a byte-level BPE of N ids, or the path of a tokenizer.json or sentencepiece .model."""
+    """train:N for a byte-level BPE of N ids, train-sp:N for sentencepiece's, or the path of a tokenizer.json or
+    sentencepiece .model."""
     sources: dict[str, SourceOptions] = field(default_factory=dict)
-    """Named sources, each with path, text_field, id_field, config, split."""
+    """Named sources, each with path and, as needed, text_field, id_field, config, split and what is left out of it."""
     heldout: float = 0.01
     """Share of documents held out."""
     workers: int = 1
     """Processes that tokenize."""
     eod: str | None = None
     """Text of the end-of-document token; default: the tokenizer's own."""
+    decontaminate: str = ""
+    """Evaluation files or folders (.csv, .jsonl, .txt; comma between): what shares 13 words in a row is left out."""
+    seed: int = 0
+    """Of what is drawn per document: which are rearranged by fim_rate, and where they are cut."""
     overwrite: bool = False
     """Replace what other settings or other text made."""
 
@@ -71,17 +95,30 @@ def prepare(cfg: PrepareConfig) -> tuple[dict[str, Manifest], bool]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
-            work = out / ".partial"
-            shutil.rmtree(work, ignore_errors=True)  # of a run that was cut short
             done = _existing(cfg, out, inputs)
+            work = _work(out, None if done is not None else inputs)
             if done is not None:
                 return done, False
-            work.mkdir()
             manifests = _build(cfg, work, inputs)
             _publish(out, work, manifests)
             return manifests, True
     except OSError as error:
         raise StorageError(f"{error.filename or out}: {error.strerror or error}") from error
+
+
+def _work(out: Path, inputs: str | None) -> Path:
+    """The folder for what is unfinished: an earlier run's, if made from the same ``inputs``; None: nothing is."""
+    work = out / ".partial"
+    note = work / "inputs"
+    if note.is_file() and note.read_text(encoding="utf-8") == inputs:
+        log.info("%s: going on where an earlier run stopped", work)
+        return work
+    shutil.rmtree(work, ignore_errors=True)
+    if inputs is not None:
+        work.mkdir()
+        with made_durably(note) as file:
+            file.write(inputs.encode())
+    return work
 
 
 def _check(cfg: PrepareConfig) -> None:
@@ -94,16 +131,15 @@ def _check(cfg: PrepareConfig) -> None:
         raise UsageError(f"heldout: must be at least 0 and below 1, got {cfg.heldout}")
     if cfg.workers < 1:
         raise UsageError(f"workers: must be at least 1, got {cfg.workers}")
-    if cfg.tokenizer.startswith("train:") and not cfg.tokenizer.removeprefix("train:").isdecimal():
-        raise UsageError(f"tokenizer: expected train:N with a number of ids, got {cfg.tokenizer}")
+    to_train(cfg.tokenizer)
 
 
 def _inputs(cfg: PrepareConfig) -> str:
     """Digest of all that decides the output."""
-    trained = cfg.tokenizer.startswith("train:")
-    tokenizer = cfg.tokenizer if trained else Tokenizer.load(cfg.tokenizer, cfg.eod).fingerprint
+    tokenizer = cfg.tokenizer if to_train(cfg.tokenizer) else Tokenizer.load(cfg.tokenizer, cfg.eod).fingerprint
     sources = {name: [asdict(options), inputs_digest(options)] for name, options in cfg.sources.items()}
-    parts = [PIPELINE_VERSION, tokenizer, cfg.eod, cfg.heldout, list(sources.items())]
+    evaluations = [[str(path), file_digest(path)] for path in evaluation_files(cfg.decontaminate)]
+    parts = [PIPELINE_VERSION, tokenizer, cfg.eod, cfg.heldout, cfg.seed, evaluations, list(sources.items())]
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
@@ -135,102 +171,124 @@ def _same_file(a: Path, b: Path) -> bool:
 
 
 def _build(cfg: PrepareConfig, work: Path, inputs: str) -> dict[str, Manifest]:
-    """Everything, inside ``work``."""
-    selections, known = select(cfg.sources, cfg.heldout)
+    """Everything, inside ``work``; what an earlier run finished there is used."""
+    with Workers(cfg.workers, Encoder.__module__) as workers:
+        return _build_with(workers, cfg, work, inputs)
+
+
+def _build_with(workers: Workers, cfg: PrepareConfig, work: Path, inputs: str) -> dict[str, Manifest]:
+    evaluations = read_evaluations(cfg.decontaminate)
+    facts = survey(cfg.sources, cfg.heldout, evaluations, workers, work / "survey")
+    selections, known = select(facts, evaluations)
+    del facts
     for name, selection in selections.items():
         if not selection.train_bytes:
             raise DataError(f"sources.{name}: no text to train on ({_counts(selection)}); give more, or lower heldout")
         if cfg.heldout and not selection.hashes:
             log.warning("%s: nothing held out (%s); raise heldout, or give more documents", name, _counts(selection))
-    tokenizer = _tokenizer(cfg, work, selections)
+    marks = FIM_NAMES[0] if any(options.fim_rate for options in cfg.sources.values()) else ()
+    tokenizer = make_tokenizer(cfg.tokenizer, cfg.eod, marks, _training_text(cfg, selections), work)
     np.save(work / "heldout.npy", known)
-    encoder = Encoder(tokenizer.path, tokenizer.eod, str(work / "heldout.npy"))
-    return {name: _write_source(cfg, name, work, inputs, selections[name], tokenizer, encoder) for name in cfg.sources}
-
-
-def _tokenizer(cfg: PrepareConfig, work: Path, selections: Mapping[str, Selection]) -> Tokenizer:
-    """The tokenizer, as a file in ``work`` with its tokenizer_config.json."""
-    if cfg.tokenizer.startswith("train:"):
-        path = work / "tokenizer.json"
-        size = int(cfg.tokenizer.removeprefix("train:"))
-        log.info("training a tokenizer of %d ids", size)
-        trained = train_bpe(_training_text(cfg, selections), size, path, cfg.eod or EOD)
-        if trained.vocab_size < size:
-            log.warning("tokenizer=train:%d: the text only yields %d ids", size, trained.vocab_size)
-        eod = cfg.eod or EOD
-    else:
-        given = Tokenizer.load(cfg.tokenizer, cfg.eod)
-        path = work / ("tokenizer.model" if given.path.endswith(".model") else "tokenizer.json")
-        shutil.copyfile(given.path, path)
-        eod = given.eod
-    # Where Hugging Face keeps it: a later load finds the same token without being told.
-    (work / "tokenizer_config.json").write_text(json.dumps({"eos_token": eod}) + "\n", encoding="utf-8")
-    return Tokenizer.load(path)
+    encoder = Encoder(_encoder_settings(cfg, work, selections, tokenizer), tokenizer)
+    paths = _encode(cfg, work, selections, encoder, workers)
+    return {name: _assemble(cfg, name, work, inputs, selections[name], tokenizer, paths[name]) for name in cfg.sources}
 
 
 def _training_text(cfg: PrepareConfig, selections: Mapping[str, Selection]) -> Iterator[str]:
     total = sum(selection.train_bytes for selection in selections.values())
     limit = 2**64 * TOKENIZER_BYTES // max(total, TOKENIZER_BYTES)
+    for text in _train_texts(cfg, selections):
+        if xxhash.xxh3_64_intdigest(text.encode()) <= limit:
+            yield text
+
+
+def _train_texts(cfg: PrepareConfig, selections: Mapping[str, Selection]) -> Iterator[str]:
     for name, options in cfg.sources.items():
-        for document, _ in selected(options, selections[name], Side.TRAIN):
-            if xxhash.xxh3_64_intdigest(document.text.encode()) <= limit:
+        for document, verdict in zip(read_documents(options), selections[name].verdicts, strict=True):
+            if verdict == TRAIN:
                 yield document.text
 
 
-def _write_source(
+def _encoder_settings(
+    cfg: PrepareConfig, work: Path, selections: Mapping[str, Selection], tokenizer: Tokenizer
+) -> EncoderSettings:
+    sample = [text[:SAMPLE_LENGTH] for text in islice(_train_texts(cfg, selections), SAMPLE)]
+    reason = tokenizer.accelerate(sample)
+    if reason is not None:
+        log.info("tokenizing with %s: %s", type(tokenizer).__name__, reason)
+    checked = {name: min(ROUND_TRIPS / len(selections[name].verdicts), 1.0) for name in cfg.sources}
+    fim = {name: options.fim_rate for name, options in cfg.sources.items()}
+    heldout = str(work / "heldout.npy")
+    return EncoderSettings(tokenizer.path, tokenizer.eod, reason is None, heldout, fim, checked, cfg.seed)
+
+
+def _encode(
+    cfg: PrepareConfig, work: Path, selections: Mapping[str, Selection], encoder: Encoder, workers: Workers
+) -> dict[str, list[Path]]:
+    """The shards of tokens of every source."""
+    vocab = encoder.tokenizer.vocab_size
+    with Progress("tokenizing", sum(selection.train_bytes for selection in selections.values())) as progress:
+
+        def counted(results: Iterator[Encoded]) -> Iterator[Encoded]:
+            for encoded in results:
+                progress.advance(encoded.counts.train_bytes)
+                yield encoded
+
+        def finish(path: Path, source: str, results: Iterator[Encoded]) -> None:
+            write_shard(path, counted(results), vocab)
+
+        def task(chunk: Chunk) -> Marked:
+            return marked(chunk, selections[chunk.source])
+
+        return run_pass(work / "tokens", ".json", cfg.sources, task, encoder, workers, finish)
+
+
+def _assemble(
     cfg: PrepareConfig,
     name: str,
     work: Path,
     inputs: str,
     selection: Selection,
     tokenizer: Tokenizer,
-    encoder: Encoder,
+    paths: list[Path],
 ) -> Manifest:
-    """Tokenize one source into ``work/name``, complete with its manifest."""
-    options, folder = cfg.sources[name], work / name
-    folder.mkdir()
-    sizes: list[int] = []
-    train_bytes = near = differ = checked = 0
-    vocab = tokenizer.vocab_size
-    with (
-        StoreWriter(work / "unshuffled", vocab) as train,
-        StoreWriter(folder / "heldout", vocab) as heldout,
-        Progress(f"{name}: tokenizing", selection.train_bytes) as progress,
-    ):
-        for job, tokens in encoded(encoder, jobs_of(options, selection), cfg.workers):
-            size = len(job.text.encode())
-            progress.advance(size)
-            if tokens is None:
-                near += 1
-                continue
-            if job.heldout:
-                heldout.add(tokens)
-                sizes.append(size)
-            else:
-                train.add(tokens)
-                train_bytes += size
-            if checked < ROUND_TRIPS:
-                checked += 1
-                differ += tokenizer.decode(tokens[: len(tokens) - job.whole]) != job.text
-    if differ:
-        log.warning("%s: %d of %d documents do not decode to their text; the tokenizer loses it", name, differ, checked)
-    if not train_bytes:
+    """One source's stores from its shards, into ``work/name``, complete with its manifest."""
+    options, folder, counts = cfg.sources[name], work / name, read_counts(paths)
+    share = counts.byte_tokens / max(counts.tokens, 1)
+    if counts.differ:
+        log.warning(
+            "%s: %d of %d documents do not decode to their text; the tokenizer loses it",
+            name, counts.differ, counts.checked,
+        )  # fmt: skip
+    if share > MAX_BYTE_TOKENS:
+        log.warning("%s: %.0f %% of the tokens are parts of characters; another tokenizer suits it", name, 100 * share)
+    if not counts.train_bytes:
         raise DataError(f"sources.{name}: every training document nearly equals a held-out one; lower heldout")
-    _shuffle(work / "unshuffled", folder / "train", vocab, name)
+    folder.mkdir(exist_ok=True)
+    shuffle([path.with_suffix(".train") for path in paths], folder / "train", tokenizer.vocab_size, name)
+    join([path.with_suffix(".heldout") for path in paths], folder / "heldout", tokenizer.vocab_size)
+    with made_durably(folder / "filters.jsonl") as file:
+        for example in counts.examples:
+            file.write((json.dumps(example, ensure_ascii=False) + "\n").encode())
     manifest = Manifest(
         source=name,
         uri=options.path,
         created_by=f"lmtrain {lmtrain.__version__}",
         inputs=inputs,
-        tokenizer=TokenizerEntry(cfg.tokenizer, tokenizer.fingerprint, vocab, tokenizer.eod, tokenizer.eod_id),
+        tokenizer=TokenizerEntry(
+            cfg.tokenizer, tokenizer.fingerprint, tokenizer.vocab_size, tokenizer.eod, tokenizer.eod_id
+        ),
         files=[*file_entries(folder, "train"), *file_entries(folder, "heldout")],
-        bytes_of_text={"train": train_bytes, "heldout": sum(sizes)},
-        heldout=HeldoutEntry(RULE, cfg.heldout, selection.hashes, sizes),
+        bytes_of_text={"train": counts.train_bytes, "heldout": sum(counts.heldout_bytes)},
+        heldout=HeldoutEntry(RULE, cfg.heldout, selection.hashes, counts.heldout_bytes),
         pipeline=[
-            {"step": "read", "documents": len(selection.sides)},
-            *({"step": step, "removed": count} for step, count in sorted(selection.removed.items())),
-            {"step": "near_duplicate_of_heldout", "removed": near, "words": SHINGLE, "threshold": THRESHOLD},
-            {"step": "round_trip", "documents": checked, "differ": differ},
+            {"step": "read", "documents": len(selection.verdicts)},
+            *({"step": step, "removed": count} for step, count in selection.removed.items()),
+            *([{"step": "evaluations", "found": selection.found}] if selection.found else []),
+            {"step": NEAR_HELDOUT, "removed": counts.near, "words": SHINGLE, "threshold": THRESHOLD},
+            *([{"step": "fim", "documents": counts.rearranged, "seed": cfg.seed}] if options.fim_rate else []),
+            {"step": "round_trip", "documents": counts.checked, "differ": counts.differ},
+            {"step": "byte_tokens", "share": round(share, 6)},
             {"step": "shuffle_documents"},
         ],
     )
@@ -239,28 +297,15 @@ def _write_source(
 
 
 def _counts(selection: Selection) -> str:
-    parts = {"documents": len(selection.sides), **selection.removed, "held out": len(selection.hashes)}
+    parts = {"documents": len(selection.verdicts), **selection.removed, "held out": len(selection.hashes)}
     return ", ".join(f"{count} {step}" for step, count in parts.items())
-
-
-def _shuffle(unshuffled: Path, final: Path, vocab_size: int, name: str) -> None:
-    """Write the documents in a keyed order: blocks are shuffled later, the documents inside one block never again."""
-    store = Store(unshuffled)
-    key = np.uint64(xxhash.xxh3_64_intdigest(f"documents/{name}".encode()))
-    piece = 1 << 20
-    with StoreWriter(final, vocab_size) as writer:
-        for start in range(0, store.num_documents, piece):
-            at = np.arange(start, min(start + piece, store.num_documents))
-            for j in permute(at, store.num_documents, key):
-                writer.add(store.document(int(j)))
-    for suffix in (".bin", ".idx"):
-        os.remove(f"{unshuffled}{suffix}")
 
 
 def _publish(out: Path, work: Path, manifests: Mapping[str, Manifest]) -> None:
     """Rename into place: sources, then the tokenizer, so that a run that was cut short is seen to be unfinished."""
     for name in manifests:
         if (out / name).exists():
+            shutil.rmtree(work / f"{name}.old", ignore_errors=True)
             os.replace(out / name, work / f"{name}.old")
         os.replace(work / name, out / name)
     for name in ("tokenizer_config.json", "tokenizer.model", "tokenizer.json"):

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from lmtrain.data.store import Store, sync_folder
+from lmtrain.data.index import WHOLE, Index
+from lmtrain.data.pieces import PieceCheck, digests
+from lmtrain.data.store import Store, file_size, sync_folder
 from lmtrain.errors import DataError
 
-FORMAT_VERSION = 1
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 NAME = "manifest.json"
+SPLITS = ("train", "heldout")
+LAZY_BYTES = 1 << 36
+"""Files up to this size are compared with the digests of their pieces as they are read. Beyond what a machine keeps in
+memory, every process reading every piece once more would cost more than the training itself."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """One file. tokens, documents, dtype: of the store it belongs to."""
+    """One file. tokens, documents, dtype: of the store it belongs to. pieces: xxh3-128 of each 64 MiB (pieces.py)."""
 
     path: str
     bytes: int
@@ -27,6 +34,7 @@ class FileEntry:
     tokens: int
     documents: int
     dtype: str
+    pieces: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -110,23 +118,42 @@ def file_entries(folder: Path, split: str) -> list[FileEntry]:
     """Entries of ``split``.bin and ``split``.idx, read from the files."""
     store = Store(folder / split)
     counts = (store.num_tokens, store.num_documents, store.dtype.name)
-    paths = [folder / f"{split}{suffix}" for suffix in (".bin", ".idx")]
-    return [FileEntry(path.name, path.stat().st_size, file_digest(path), *counts) for path in paths]
+    entries = []
+    for path in (folder / f"{split}.bin", folder / f"{split}.idx"):
+        whole, pieces = digests(path)
+        entries.append(FileEntry(path.name, path.stat().st_size, whole, *counts, pieces))
+    return entries
+
+
+def open_split(folder: str | Path, split: str, manifest: Manifest) -> Store:
+    """The store ``split`` of a prepared folder, held to its manifest: a small index whole and now, everything else
+    piece by piece as it is read. Raises DataError naming the file that differs.
+    """
+    prefix = Path(folder) / split
+    tokens, index = manifest.file(f"{split}.bin"), manifest.file(f"{split}.idx")
+    path = f"{prefix}.idx"
+    file_size(path)  # refuses what is not there
+    if (index.bytes <= WHOLE or not index.pieces) and file_digest(path) != index.xxh3_128:
+        # Else a damaged border between documents would go unseen.
+        raise DataError(f"{path}: differs from the manifest; see python launch/prepare.py verify {folder}")
+    if tokens.bytes > LAZY_BYTES:
+        log.warning(
+            "%s.bin: %.0f GB, too large to be compared with its digests while it is read; python launch/prepare.py "
+            "verify %s does it once", prefix, tokens.bytes / 1e9, folder,
+        )  # fmt: skip
+        return Store(prefix, idx_pieces=index.pieces)
+    return Store(prefix, tokens.pieces, index.pieces)
 
 
 def file_digest(path: str | Path) -> str:
     """xxh3-128 of a file, hex."""
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return digests(path)[0]
 
 
 def verify(folder: str | Path) -> Manifest:
     """Read everything: sizes and digests of all files, layout of the indices, range of every token id.
 
-    Raises DataError at the first difference, naming the file, what was expected and what was found.
+    Raises DataError at the first difference, naming the file (the 64 MiB piece), what was expected and what was found.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
@@ -136,9 +163,18 @@ def verify(folder: str | Path) -> Manifest:
             raise DataError(f"{path}: missing, the manifest lists it")
         if path.stat().st_size != entry.bytes:
             raise DataError(f"{path}: expected {entry.bytes:,} bytes, found {path.stat().st_size:,}")
-        found = file_digest(path)
-        if found != entry.xxh3_128:
+        if entry.pieces:
+            PieceCheck(path, entry.pieces).all()
+        elif (found := file_digest(path)) != entry.xxh3_128:
             raise DataError(f"{path}: expected xxh3-128 {entry.xxh3_128}, found {found}")
-    for split in ("train", "heldout"):
-        Store(folder / split).check_range(manifest.tokenizer.vocab_size)
+    for split in SPLITS:
+        Index.open(f"{folder / split}.idx").check()
+        store = Store(folder / split)
+        entry = manifest.file(f"{split}.bin")
+        if (store.num_tokens, store.num_documents) != (entry.tokens, entry.documents):
+            raise DataError(
+                f"{folder / split}: expected {entry.tokens:,} tokens in {entry.documents:,} documents, found "
+                f"{store.num_tokens:,} in {store.num_documents:,}"
+            )
+        store.check_range(manifest.tokenizer.vocab_size)
     return manifest

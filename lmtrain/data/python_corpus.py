@@ -7,7 +7,6 @@ train-only, since a held-out module already holds them.
 from __future__ import annotations
 
 import ast
-import json
 import logging
 import os
 import re
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lmtrain.data.jsonl import write_jsonl
 from lmtrain.errors import DataError
 
 MAX_BYTES = 200_000
@@ -48,7 +48,7 @@ def write_python_corpus(out: str | Path) -> dict[str, tuple[int, int]]:
     if not headers:
         log.warning("%s: no C headers there; cheaders.jsonl stays empty", include)
     domains = {"code": code, "reference": _topics() + docstrings, "cheaders": headers}
-    return {name: _write(out / f"{name}.jsonl", documents) for name, documents in domains.items()}
+    return {name: write_jsonl(out / f"{name}.jsonl", documents) for name, documents in domains.items()}
 
 
 def _files(root: Path, suffix: str) -> Iterator[tuple[str, str]]:
@@ -88,14 +88,3 @@ def _docstrings(source: str) -> Iterator[str]:
             yield text
         inner = [n for n in node.body if isinstance(n, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)]
         waiting += reversed(inner)
-
-
-def _write(path: Path, documents: list[dict[str, Any]]) -> tuple[int, int]:
-    partial = path.with_suffix(".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        for document in documents:
-            file.write(json.dumps(document, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    return len(documents), sum(len(document["text"].encode()) for document in documents)

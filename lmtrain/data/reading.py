@@ -9,17 +9,24 @@ import glob
 import gzip
 import json
 import os
-from collections.abc import Iterable, Iterator
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from lmtrain.data.manifest import file_digest
-from lmtrain.errors import DataError
+from lmtrain.errors import DataError, UsageError
 
 JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
+MAX_DOCUMENT_BYTES = 1 << 28
+"""A larger document is refused before it is read: it is a corpus in one file, or a mistake."""
+CHUNK_BYTES = 1 << 20
+"""Text that one process works on at a time."""
+CHUNKS_PER_SHARD = 128
+"""What is lost when a run is cut short: at most a shard per pass."""
 BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json"}
 """Suffix -> builder of HF ``datasets``; every other suffix is one plain text document per file."""
 
@@ -38,6 +45,16 @@ class SourceOptions:
     """Configuration (subset) of a hub dataset."""
     split: str = "train"
     """Split of a hub dataset."""
+    near_duplicates: bool = False
+    """Leave out documents that nearly equal an earlier one, of any source that says so (MinHash, similarity ~0.75)."""
+    quality: bool = False
+    """Leave out what does not read like English prose (Gopher's rules); not for code, tables, other languages."""
+    fim_rate: float = 0.0
+    """Share of the documents written as prefix, suffix, middle, so that a model learns to fill in."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.fim_rate <= 1:
+            raise UsageError(f"fim_rate: must be between 0 and 1, got {self.fim_rate}")
 
 
 @dataclass(frozen=True)
@@ -51,8 +68,23 @@ class Document:
     where: str
 
 
+class Line(NamedTuple):
+    """A line of a JSON lines file, not parsed: half the work of reading is left to who needs the document. number:
+    from 1; offset: of its first byte in the file."""
+
+    data: bytes
+    path: str
+    number: int
+    offset: int
+
+
 def read_documents(options: SourceOptions) -> Iterator[Document]:
     """The documents of a source, in sorted file order. Raises DataError naming file and line or byte offset."""
+    for row in _rows(options):
+        yield _parsed(row, options)
+
+
+def _rows(options: SourceOptions) -> Iterator[Document | Line]:
     files = find_files(options.path)
     if files is None:
         yield from _from_rows(_hub_rows(options), options, options.path)
@@ -60,11 +92,42 @@ def read_documents(options: SourceOptions) -> Iterator[Document]:
     root = Path(options.path) if os.path.isdir(options.path) else _fixed_part(options.path)
     for path in files:
         if path.name.endswith(JSON_LINES):
-            yield from _json_lines(path, options)
+            yield from _json_lines(path)
         elif path.suffix in BUILDERS:
             yield from _from_rows(_file_rows(path), options, str(path))
         else:
+            _check_size(path.stat().st_size, str(path))
             yield Document(_decode(path.read_bytes(), path, 0), path.relative_to(root).as_posix(), False, str(path))
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents of a source, about a megabyte. shard: of CHUNKS_PER_SHARD chunks; first: number of the
+    first document; rows: one per document."""
+
+    source: str
+    options: SourceOptions
+    shard: int
+    first: int
+    rows: list[Document | Line]
+
+    def documents(self) -> list[Document]:
+        """Parsed anew at every call. Raises DataError naming file and line."""
+        return [_parsed(row, self.options) for row in self.rows]
+
+
+def read_chunks(source: str, options: SourceOptions) -> Iterator[Chunk]:
+    """All documents of a source; where chunks and shards begin depends on the text alone."""
+    rows: list[Document | Line] = []
+    number = first = size = 0
+    for row in _rows(options):
+        rows.append(row)
+        size += len(row.data if isinstance(row, Line) else row.text)
+        if size >= CHUNK_BYTES:
+            yield Chunk(source, options, number // CHUNKS_PER_SHARD, first, rows)
+            number, first = number + 1, first + len(rows)
+            rows, size = [], 0
+    if rows:
+        yield Chunk(source, options, number // CHUNKS_PER_SHARD, first, rows)
 
 
 def find_files(path: str) -> list[Path] | None:
@@ -90,10 +153,10 @@ def find_files(path: str) -> list[Path] | None:
     return files
 
 
-def bytes_of_files(options: SourceOptions) -> int | None:
-    """Bytes of the local input files; None for a hub dataset."""
-    files = find_files(options.path)
-    return None if files is None else sum(path.stat().st_size for path in files)
+def total_bytes(sources: Mapping[str, SourceOptions]) -> int | None:
+    """Bytes of the local input files of all sources; None where one is a hub dataset."""
+    found = [find_files(options.path) for options in sources.values()]
+    return None if None in found else sum(path.stat().st_size for files in found for path in files or [])
 
 
 def inputs_digest(options: SourceOptions) -> str:
@@ -111,7 +174,7 @@ def _fixed_part(path: str) -> Path:
     return Path(*parts[:plain])
 
 
-def _decode(data: bytes, path: Path, offset: int) -> str:
+def _decode(data: bytes, path: str | Path, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -121,20 +184,46 @@ def _decode(data: bytes, path: Path, offset: int) -> str:
         ) from None
 
 
-def _json_lines(path: Path, options: SourceOptions) -> Iterator[Document]:
-    offset = 0
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            text = _decode(line, path, offset)
-            offset += len(line)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except ValueError as error:
-                raise DataError(f"{where}: malformed JSON ({error}): {text[:80].strip()}") from None
-            yield _document(row, options, where)
+def _check_size(size: int, where: str) -> None:
+    if size > MAX_DOCUMENT_BYTES:
+        raise DataError(
+            f"{where}: a document of more than {MAX_DOCUMENT_BYTES:,} bytes; split it (a plain text file is one "
+            "document: split -C 100M FILE PREFIX cuts it at line ends)"
+        )
+
+
+def _json_lines(path: Path) -> Iterator[Line]:
+    """The lines that are not blank."""
+    offset, name = 0, str(path)
+    for number, line in enumerate(_lines(path), 1):
+        if b'"' in line or _decode(line, name, offset).strip():
+            yield Line(line, name, number, offset)
+        offset += len(line)
+
+
+def _parsed(row: Document | Line, options: SourceOptions) -> Document:
+    if isinstance(row, Document):
+        return row
+    where, text = f"{row.path}:{row.number}", _decode(row.data, row.path, row.offset)
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{where}: malformed JSON ({error}): {text[:80].strip()}") from None
+    return _document(content, options, where)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines of a file, unpacked if it ends in .gz; none longer than a document may be."""
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            number = 1
+            while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+                if len(line) > MAX_DOCUMENT_BYTES:
+                    _check_size(len(line), f"{path}:{number}")
+                yield line
+                number += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: not readable as gzip, cut short or damaged: {error}") from None
 
 
 def _from_rows(rows: Iterable[Any], options: SourceOptions, where: str) -> Iterator[Document]:
@@ -155,7 +244,7 @@ def _document(row: Any, options: SourceOptions, where: str) -> Document:
     if not isinstance(text, str):
         raise DataError(f"{where}: field {options.text_field} holds {type(text).__name__}, not text")
     try:
-        text.encode("utf-8")
+        _check_size(len(text.encode("utf-8")), where)
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: character {error.start} is half of a surrogate pair, not text") from None
     if options.id_field is not None and options.id_field not in row:

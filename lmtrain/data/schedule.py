@@ -7,40 +7,55 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from lmtrain.errors import DataError, UsageError
+from lmtrain.data.weights import integer_weights
+from lmtrain.errors import DataError, StorageError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ORDER_VERSION = 1
 """Which order sample k is computed by; any change of word, permutation or keys must raise it."""
-PERIOD, FINE_PERIOD = 1 << 16, 1 << 18
-"""Sum of the integer weights; the fine one where a share is below 1/1000 and would be rounded by more than 1 %."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Event:
-    """From block ``first_block`` on, sources are read in proportion to ``weights``.
+class AddedSource:
+    """A source that came during the run. digest: of what names its content (``sources.content_digest``), hex."""
 
-    weights: positive integers by source name (a source not named is not read). origin: recipe, policy or user.
+    path: str
+    digest: str
+
+
+@dataclass(frozen=True)
+class Event:
+    """What changes from block ``first_block`` on.
+
+    origin: recipe, policy or user. weights: positive integers by source name, in the proportion of which sources are
+    read (one not named is not read); empty: as before. skip: so many blocks are passed over unread; they count as
+    consumed. sources: new ones by name; they get the next ids. step: the optimizer steps done when it was made.
     """
 
     first_block: int
-    weights: dict[str, int]
     origin: str
     reason: str
+    weights: dict[str, int] = field(default_factory=dict)
+    skip: int = 0
+    sources: dict[str, AddedSource] = field(default_factory=dict)
+    step: int = 0
 
 
 class ScheduleLog:
-    """The events of a run, oldest first. ``path`` None: in memory only (a dry run, a test)."""
+    """The events of a run in the order they were made. ``path`` None: in memory only (a dry run, a test).
 
-    def __init__(self, events: tuple[Event, ...] = (), path: Path | None = None) -> None:
+    They take effect in the order of ``first_block``, those at one block in the order they were made.
+    """
+
+    def __init__(self, events: Sequence[Event] = (), path: Path | None = None) -> None:
         self.events: tuple[Event, ...] = ()
         self.path = path
         for event in events:
@@ -49,23 +64,26 @@ class ScheduleLog:
     @classmethod
     def fixed(cls, weights: Mapping[str, float]) -> ScheduleLog:
         """A log in memory with one event: the recipe's mixture, from block 0."""
-        return cls((_recipe_event(weights),))
+        return cls((recipe_event(weights),))
 
     @classmethod
     def open(cls, path: str | Path, weights: Mapping[str, float]) -> ScheduleLog:
         """The log at ``path``; begun with the recipe's mixture if there is none. Called by the one writer of a run.
 
-        Raises UsageError if the log began with other weights: the order of a run cannot change behind its back.
+        Raises UsageError if the recipe's newest event has other weights: the order of a run cannot change behind its
+        back.
         """
         path = Path(path)
-        first = _recipe_event(weights)
+        first = recipe_event(weights)
         existing = cls.read(path) if path.exists() else cls(path=path)
         if not existing.events:
             existing.append(first)
-        elif existing.events[0].weights != first.weights:
+        began = [event.weights for event in existing.events if event.origin == "recipe"][-1:]
+        if began != [first.weights]:
             raise UsageError(
-                f"{path}: this run began with weights {existing.events[0].weights}, the recipe now gives "
-                f"{first.weights}; restore data.sources.*.weight or start a new run"
+                f"{path}: this run began with weights {began[0] if began else 'none'}, the recipe now gives "
+                f"{first.weights}; restore data.sources.*.weight, start a new run, or change the mixture of this one: "
+                "python launch/schedule.py set"
             )
         return existing
 
@@ -82,68 +100,82 @@ class ScheduleLog:
         result = cls(path=Path(path))
         for number, line in enumerate(whole.splitlines(), 1):
             try:
-                result._accept(_parse(line))
-            except (ValueError, KeyError, TypeError) as error:
+                result._accept(parse_event(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DataError(f"{path}:{number}: not a schedule event: {error}") from None
         return result
 
     def append(self, event: Event) -> None:
-        """Add ``event``; it is on disk when this returns. Raises ValueError if it is not later than the last one."""
+        """Add ``event``; it is on disk when this returns. Raises ValueError if it cannot be one, StorageError."""
         self._accept(event)
         if self.path is None:
             return
-        line = json.dumps({"format_version": FORMAT_VERSION, "order_version": ORDER_VERSION, **asdict(event)})
-        with open(self.path, "ab+") as file:
-            _drop_torn_line(self.path, file.fileno())
-            file.write(line.encode() + b"\n")
+        try:
+            with open(self.path, "ab+") as file:
+                _drop_torn_line(self.path, file.fileno())
+                file.write(event_line(event))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"{self.path}: {error.strerror}") from error
+
+    def fork(self, count: int, aside: Path) -> None:
+        """Forget all but the first ``count`` events; the file as it was is kept at ``aside``."""
+        assert self.path is not None
+        kept = self.events[:count]
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        with open(partial, "wb") as file:
+            file.write(b"".join(map(event_line, kept)))
             file.flush()
             os.fsync(file.fileno())
+        os.link(self.path, aside)
+        os.replace(partial, self.path)
+        self.events = kept
 
     def _accept(self, event: Event) -> None:
-        if not event.weights or any(weight <= 0 for weight in event.weights.values()):
+        if any(weight <= 0 for weight in event.weights.values()):
             raise ValueError(f"weights must be positive integers, got {event.weights}")
-        if not self.events and event.first_block != 0:
-            raise ValueError(f"the first event must be at block 0, got {event.first_block}")
-        if self.events and event.first_block <= self.events[-1].first_block:
-            raise ValueError(f"event at block {event.first_block} is not after block {self.events[-1].first_block}")
+        if event.skip < 0:
+            raise ValueError(f"skip must not be negative, got {event.skip}")
+        if not (event.weights or event.skip or event.sources):
+            raise ValueError("an event must change weights, skip blocks or add sources")
+        if not self.events and (event.first_block != 0 or not event.weights):
+            raise ValueError(f"the first event must give weights from block 0, got block {event.first_block}")
+        if event.first_block < 0:
+            raise ValueError(f"first_block must not be negative, got {event.first_block}")
+        known = {name for past in self.events for name in past.sources}
+        if again := known & event.sources.keys():
+            raise ValueError(f"source {min(again)} was added before; an added source keeps its data")
         self.events = (*self.events, event)
 
 
-def integer_weights(weights: Mapping[str, float]) -> dict[str, int]:
-    """Positive integers proportional to ``weights``, by largest remainder, each at least 1; zero weights are left out.
-
-    They sum to 65536, or 262144 if a share is below 1/1000. Raises UsageError for negative, infinite or all-zero ones.
-    """
-    for name, weight in weights.items():
-        if not (math.isfinite(weight) and weight >= 0):
-            raise UsageError(f"data.sources.{name}.weight: must be a finite number >= 0, got {weight}")
-    total = math.fsum(weights.values())
-    if total <= 0:
-        raise UsageError(f"data.sources: the weights of {', '.join(weights) or 'no sources'} sum to 0")
-    shares = {name: weight / total for name, weight in sorted(weights.items()) if weight > 0}
-    period = FINE_PERIOD if min(shares.values()) < 1e-3 else PERIOD
-    result = {name: max(int(share * period), 1) for name, share in shares.items()}
-    # sorted() is stable, so that equal remainders go by name. What the minimum of 1 added is taken from the largest.
-    by_remainder = sorted(shares, key=lambda name: shares[name] * period - result[name], reverse=True)
-    missing = period - sum(result.values())
-    for name in by_remainder[: max(missing, 0)]:
-        result[name] += 1
-    for _ in range(-missing):
-        result[max(result, key=lambda name: result[name])] -= 1
-    return result
+def recipe_event(weights: Mapping[str, float], first_block: int = 0, step: int = 0) -> Event:
+    """The recipe's mixture as an event."""
+    return Event(first_block, "recipe", "data.sources.*.weight", integer_weights(weights), step=step)
 
 
-def _recipe_event(weights: Mapping[str, float]) -> Event:
-    return Event(0, integer_weights(weights), "recipe", "data.sources.*.weight")
+def event_line(event: Event) -> bytes:
+    """The line of ``schedule.jsonl`` that says ``event``."""
+    return json.dumps(event_row(event)).encode() + b"\n"
 
 
-def _parse(line: bytes) -> Event:
-    row = json.loads(line)
-    if row["format_version"] > FORMAT_VERSION or row["order_version"] != ORDER_VERSION:
-        versions = f"format {row['format_version']}, order {row['order_version']}"
-        raise ValueError(f"{versions}, this version of lmtrain reads {FORMAT_VERSION} and {ORDER_VERSION}")
+def event_row(event: Event) -> dict[str, Any]:
+    """``event`` as JSON knows it."""
+    return {"format_version": FORMAT_VERSION, "order_version": ORDER_VERSION, **asdict(event)}
+
+
+def parse_event(row: Mapping[str, Any]) -> Event:
+    """The event of ``event_row``, or of an older version. ValueError, KeyError or TypeError if it is none."""
+    version = row["format_version"]
+    if version > FORMAT_VERSION or row["order_version"] != ORDER_VERSION:
+        versions = f"format {version}, order {row['order_version']}"
+        raise ValueError(f"{versions}, this version of lmtrain reads up to {FORMAT_VERSION} and {ORDER_VERSION}")
     weights = {str(name): int(weight) for name, weight in row["weights"].items()}
-    return Event(int(row["first_block"]), weights, str(row["origin"]), str(row["reason"]))
+    place = (int(row["first_block"]), str(row["origin"]), str(row["reason"]), weights)
+    if version == 1:
+        return Event(*place)
+    sources = {str(name): AddedSource(**source) for name, source in row["sources"].items()}
+    return Event(*place, int(row["skip"]), sources, int(row["step"]))
 
 
 def _drop_torn_line(path: Path, handle: int) -> None:

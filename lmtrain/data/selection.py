@@ -1,95 +1,103 @@
-"""The first pass over all text: which documents are trained on, which are held out, which are left out."""
+"""Which documents are trained on, which are held out, which are left out, and why: a function of the survey."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import IntEnum
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
-from lmtrain.data.overlap import shingles, text_digest
-from lmtrain.data.progress import Progress
-from lmtrain.data.reading import Document, SourceOptions, bytes_of_files, read_documents
+from lmtrain.data.filters.decontaminate import Evaluations
+from lmtrain.data.filters.minhash import earlier_match
+from lmtrain.data.filters.quality import RULES
+from lmtrain.data.filters.words import Hashes
+from lmtrain.data.survey import Facts
 
-MAX_HELDOUT_BYTES = 50_000
-"""One document's part of the held-out text; the rest of it is used nowhere, or one large file would be the measure."""
 RULE = "xxh3-64 of the id (else of the normalised text) below share * 2^64; first 50 kB of a document"
+TRAIN, HELDOUT, EMPTY, DUPLICATE, CONTAMINATED, NEAR_DUPLICATE, TRAIN_ONLY, QUALITY = range(8)
+VERDICTS = (
+    "train", "heldout", "empty", "duplicate", "contaminated", "near_duplicate", "train_only_of_heldout",
+    *(f"quality_{rule}" for rule in RULES),
+)  # fmt: skip
+"""What may be decided about a document; the numbers above, the rules of quality from QUALITY on."""
 
 
-class Side(IntEnum):
-    OUT = 0
-    TRAIN = 1
-    HELDOUT = 2
-
-
-@dataclass
+@dataclass(frozen=True)
 class Selection:
-    """Of one source. sides: one byte per document read, in order. hashes: of the held-out documents, hex, in order.
-
-    removed: documents by reason. train_bytes: UTF-8 bytes of the documents on the training side.
+    """Of one source. verdicts: uint8 ``[documents]``. digests: uint64 ``[documents, 2]``, of the normalised texts.
+    because: of a near-duplicate and of a contaminated document, by number, what it was left out for.
+    found: evaluation file -> its texts that were found. train_bytes: UTF-8 bytes on the training side.
     """
 
-    sides: bytearray = field(default_factory=bytearray)
-    hashes: list[str] = field(default_factory=list)
-    removed: Counter[str] = field(default_factory=Counter)
-    train_bytes: int = 0
+    verdicts: NDArray[np.uint8]
+    digests: NDArray[np.uint64]
+    because: dict[int, str]
+    found: dict[str, int]
+    train_bytes: int
+
+    @property
+    def hashes(self) -> list[str]:
+        """Of the held-out documents, hex, in order."""
+        chosen = self.digests[self.verdicts == HELDOUT]
+        return [digest.tobytes().hex() for digest in chosen.astype(">u8")]
+
+    @property
+    def removed(self) -> dict[str, int]:
+        """Documents left out, by verdict; those that occur, in order."""
+        counts = Counter(self.verdicts.tolist())
+        return {name: counts[i] for i, name in enumerate(VERDICTS) if i not in (TRAIN, HELDOUT) and counts[i]}
 
 
-def select(sources: Mapping[str, SourceOptions], share: float) -> tuple[dict[str, Selection], NDArray[np.uint64]]:
+def select(facts: Mapping[str, Facts], evaluations: Evaluations) -> tuple[dict[str, Selection], Hashes]:
     """Decide on every document of every source, and the sorted set of shingles of the held-out text.
 
-    Of documents equal after normalisation the first stays, over all sources. Memory: about 80 B per document.
+    Of documents equal after normalisation the first stays, over all sources; of near-duplicates, the first over the
+    sources that look for them. Memory: about 100 B per document, with near-duplicates 400.
     """
-    seen: set[bytes] = set()
-    selections = {}
-    heldout_shingles = [np.empty(0, dtype=np.uint64)]
-    for name, options in sources.items():
-        selection = selections[name] = Selection()
-        with Progress(f"{name}: selecting", bytes_of_files(options)) as progress:
-            for document in read_documents(options):
-                digest = text_digest(document.text)
-                side = _side(document, digest, share, seen, selection.removed)
-                seen.add(digest)
-                selection.sides.append(side)
-                size = len(document.text.encode())
-                progress.advance(size)
-                if side == Side.HELDOUT:
-                    selection.hashes.append(digest.hex())
-                    heldout_shingles.append(np.unique(shingles(heldout_text(document.text))))
-                elif side == Side.TRAIN:
-                    selection.train_bytes += size
-    return selections, np.unique(np.concatenate(heldout_shingles))
+    rows = np.concatenate([part.rows for part in facts.values()])
+    verdicts = np.full(len(rows), TRAIN, dtype=np.uint8)
+    _, first, group = np.unique(rows["digest"], axis=0, return_index=True, return_inverse=True)
+    verdicts[first[group.ravel()] < np.arange(len(rows))] = DUPLICATE
+    verdicts[rows["empty"]] = EMPTY
+
+    def decide(where: NDArray[np.bool_], verdict: int | NDArray[np.int8]) -> None:
+        undecided = where & (verdicts == TRAIN)
+        verdicts[undecided] = verdict if isinstance(verdict, int) else verdict[undecided]
+
+    decide(rows["rule"] >= 0, QUALITY + rows["rule"])
+    decide(rows["evaluation"] >= 0, CONTAMINATED)
+    earlier = _near_duplicates(facts, verdicts)
+    decide(earlier < np.arange(len(rows)), NEAR_DUPLICATE)
+    decide(rows["chosen"] & rows["train_only"], TRAIN_ONLY)
+    decide(rows["chosen"], HELDOUT)
+
+    starts = np.cumsum([0, *(len(part.rows) for part in facts.values())])
+    selections, shingles = {}, [np.empty(0, dtype=np.uint64)]
+    for (name, part), start in zip(facts.items(), starts[:-1], strict=True):
+        own = verdicts[start : start + len(part.rows)]
+        because = {}
+        for i in np.flatnonzero(own == CONTAMINATED):
+            because[int(i)] = evaluations.file_of_text(int(part.rows["evaluation"][i]))
+        for i in np.flatnonzero(own == NEAR_DUPLICATE):
+            source = int(np.searchsorted(starts, earlier[start + i], side="right")) - 1
+            because[int(i)] = f"document {earlier[start + i] - starts[source]} of {list(facts)[source]}"
+        selections[name] = Selection(
+            own, part.rows["digest"], because, evaluations.by_file(part.evaluations),
+            int(part.rows["bytes"][own == TRAIN].sum()),
+        )  # fmt: skip
+        shingles.append(part.shingles[np.repeat(own == HELDOUT, part.rows["shingles"])])
+    return selections, np.unique(np.concatenate(shingles))
 
 
-def selected(options: SourceOptions, selection: Selection, *sides: Side) -> Iterator[tuple[Document, Side]]:
-    """The documents on one of ``sides``, read again in the same order."""
-    for document, side in zip(read_documents(options), selection.sides, strict=True):
-        if side in sides:
-            yield document, Side(side)
-
-
-def heldout_text(text: str) -> str:
-    """The part of a held-out document that is used."""
-    data = text.encode()
-    return text if len(data) <= MAX_HELDOUT_BYTES else data[:MAX_HELDOUT_BYTES].decode("utf-8", errors="ignore")
-
-
-def _side(document: Document, digest: bytes, share: float, seen: set[bytes], removed: Counter[str]) -> Side:
-    if not document.text.strip():
-        removed["empty"] += 1
-        return Side.OUT
-    if digest in seen:
-        removed["duplicate"] += 1
-        return Side.OUT
-    # Without the source's name: what two sources know under one id falls on the same side.
-    key = digest if document.id is None else document.id.encode()
-    if xxhash.xxh3_64_intdigest(key) >= share * 2**64:
-        return Side.TRAIN
-    if document.train_only:
-        removed["train_only_of_heldout"] += 1
-        return Side.OUT
-    return Side.HELDOUT
+def _near_duplicates(facts: Mapping[str, Facts], verdicts: NDArray[np.uint8]) -> NDArray[np.int64]:
+    """int64 ``[documents]``: the first document like each one, among those that nothing else left out."""
+    earlier = np.arange(len(verdicts))
+    looked = np.repeat([part.bands.size > 0 for part in facts.values()], [len(part.rows) for part in facts.values()])
+    places = np.flatnonzero(looked & (verdicts == TRAIN))
+    bands = [part.bands for part in facts.values() if part.bands.size]
+    if places.size:
+        keys = np.concatenate(bands)[np.searchsorted(np.flatnonzero(looked), places)]
+        earlier[places] = places[earlier_match(keys)]
+    return earlier

@@ -1,4 +1,4 @@
-"""Opening the data a recipe names: prepared folders and foreign ``.bin/.idx`` pairs, and what to say when they miss."""
+"""Opening the data a recipe names, and what to say when it misses."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from functools import cache
 from pathlib import Path
 
 from lmtrain.data.config import DataConfig
-from lmtrain.data.manifest import NAME, Manifest, file_digest
+from lmtrain.data.foreign import index_file, open_store
+from lmtrain.data.manifest import NAME, SPLITS, Manifest, file_digest, open_split
 from lmtrain.data.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, LmtrainError, nearest
+
+SAMPLE_TOKENS = 1 << 16
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A source of training text. ``heldout`` and ``manifest`` are None for a foreign pair."""
+    """A source of training text on disk. ``heldout`` and ``manifest`` are None for a foreign store."""
 
     name: str
     path: str
@@ -29,15 +32,48 @@ class Source:
 
 
 def open_sources(cfg: DataConfig, tokenizer: Tokenizer) -> list[Source]:
-    """All sources of ``cfg``, in its order; each held to ``tokenizer``. Raises DataError for the first that is not."""
+    """All sources of ``cfg`` that have a path, in its order. Raises DataError for the first that does not fit."""
     if not cfg.sources:
         raise DataError(f"data.sources: none given; {_prepare_command('NAME', 'data/x')}")
-    sources = []
-    for name, source in cfg.sources.items():
-        opened = _open(name, source.path)
-        _check_tokenizer(opened, tokenizer)
-        sources.append(opened)
-    return sources
+    return [
+        open_source(name, source.path, tokenizer) for name, source in cfg.sources.items() if source.path is not None
+    ]
+
+
+def open_source(name: str, path: str, tokenizer: Tokenizer) -> Source:
+    """The source at ``path``. Raises DataError if it is missing, damaged or made with another tokenizer."""
+    opened = _open(name, path, tokenizer)
+    _check_tokenizer(opened, tokenizer)
+    return opened
+
+
+def open_train(name: str, path: str, cfg: DataConfig) -> Store:
+    """The training tokens of a source of a run with ``cfg`` that was opened, and so checked, before."""
+    folder = Path(path)
+    if (folder / NAME).is_file():
+        return _split(name, folder, "train", Manifest.read(folder))
+    return _foreign(name, path, Tokenizer.load(cfg.tokenizer) if folder.suffix == ".npy" else None)
+
+
+def content_digest(path: str) -> str:
+    """xxh3-128, hex, of what names the content of a source: its manifest, or the index of a foreign store.
+
+    Raises DataError if there is neither.
+    """
+    folder = Path(path)
+    named = folder / NAME if (folder / NAME).is_file() else index_file(_prefix(folder))
+    try:
+        return file_digest(named)
+    except OSError as error:
+        raise DataError(f"{named}: {error.strerror}; a source is a folder made by launch/prepare.py") from None
+
+
+def bytes_per_token(source: Source, tokenizer: Tokenizer) -> float:
+    """UTF-8 bytes of text that a token stands for, on average: of the manifest, else of the first tokens, decoded."""
+    if source.manifest is not None and source.train.num_tokens:
+        return source.manifest.bytes_of_text["train"] / source.train.num_tokens
+    sample = source.train.tokens(0, min(source.train.num_tokens, SAMPLE_TOKENS))
+    return len(tokenizer.decode(sample).encode()) / max(len(sample), 1)
 
 
 def check_sources(cfg: DataConfig) -> list[str]:
@@ -50,7 +86,9 @@ def check_sources(cfg: DataConfig) -> list[str]:
         problems.append(f"data.tokenizer: {error}")
     for name, source in cfg.sources.items():
         try:
-            opened = _open(name, source.path)
+            if source.path is None:
+                continue
+            opened = _open(name, source.path, tokenizer)
             if tokenizer is not None:
                 _check_tokenizer(opened, tokenizer)
         except LmtrainError as error:
@@ -60,20 +98,32 @@ def check_sources(cfg: DataConfig) -> list[str]:
     return problems
 
 
-def _open(name: str, path: str) -> Source:
+def _open(name: str, path: str, tokenizer: Tokenizer | None) -> Source:
     folder = Path(path)
     if (folder / NAME).is_file():
         manifest = Manifest.read(folder)
-        for split in ("train", "heldout"):
-            # Small and read at open anyway: a damaged border between documents would otherwise go unseen.
-            index = folder / f"{split}.idx"
-            if index.is_file() and file_digest(index) != manifest.file(index.name).xxh3_128:
-                raise DataError(f"{index}: differs from the manifest; see python launch/prepare.py verify {path}")
-        return Source(name, path, _store(name, folder / "train"), _store(name, folder / "heldout"), manifest)
-    prefix = folder / "train" if (folder / "train.idx").is_file() else folder
-    store = _store(name, prefix)
+        train, heldout = (_split(name, folder, split, manifest) for split in SPLITS)
+        return Source(name, path, train, heldout, manifest)
+    store = _foreign(name, path, tokenizer)
     _warn_foreign(name, path)
     return Source(name, path, store)
+
+
+def _split(name: str, folder: Path, split: str, manifest: Manifest) -> Store:
+    _check_there(name, folder / split)
+    return open_split(folder, split, manifest)
+
+
+def _foreign(name: str, path: str, tokenizer: Tokenizer | None) -> Store:
+    prefix = _prefix(Path(path))
+    if prefix.suffix not in (".ds", ".npy") and not prefix.is_dir():
+        _check_there(name, prefix)
+    return open_store(prefix, tokenizer)
+
+
+def _prefix(path: Path) -> Path:
+    """Of the foreign pair that ``path`` names, itself or as the folder around it."""
+    return path / "train" if (path / "train.idx").is_file() else path
 
 
 @cache
@@ -82,14 +132,14 @@ def _warn_foreign(name: str, path: str) -> None:
     log.warning("data.sources.%s: %s has no %s; its tokenizer is taken on trust", name, path, NAME)
 
 
-def _store(name: str, prefix: Path) -> Store:
+def _check_there(name: str, prefix: Path) -> None:
+    """Raise DataError, saying how to make it, unless there is a pair of that prefix."""
     for suffix in (".idx", ".bin"):
         if not os.path.exists(f"{prefix}{suffix}"):
             raise DataError(
                 f"data.sources.{name}.path: {prefix}{suffix} is missing{_sibling(prefix)}; "
                 f"{_prepare_command(name, str(prefix.parent.parent if prefix.name == 'train' else prefix.parent))}"
             )
-    return Store(prefix)
 
 
 def _sibling(prefix: Path) -> str:

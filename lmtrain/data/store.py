@@ -6,23 +6,24 @@ Layout in docs/formats.md. ``.bin`` holds all tokens back to back; ``.idx`` the 
 from __future__ import annotations
 
 import os
-import struct
-from array import array
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.borders import Borders
+from lmtrain.data.index import DTYPES, Index, IndexWriter
+from lmtrain.data.pieces import PieceCheck
 from lmtrain.errors import DataError
 
-MAGIC = b"MMIDIDX\x00\x00"
-OLD_MAGIC = b"TNTIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
-"""Codes 6 and 7 are missing on purpose: Megatron and GPT-NeoX disagree on which of them is float32."""
 MAX_LENGTH = 2**31 - 1
+READ_TOKENS = 1 << 24
+READ_DOCUMENTS = 1 << 20
+"""Tokens, and document lengths, that a pass over a whole store holds at once."""
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
@@ -31,41 +32,66 @@ def smallest_dtype(vocab_size: int) -> np.dtype:
 
 
 class Store:
-    """A ``.bin/.idx`` pair, open for reading.
+    """Tokens in documents, open for reading. ``Store(prefix)`` opens a ``.bin/.idx`` pair; foreign.py has the others.
 
-    Checked at open, vectorised: sizes of both files, magic, version, dtype, lengths against offsets, document borders.
-    Every read returns a copy: a view into the map would crash the process if it outlived the store.
+    An index of up to 64 MiB is checked whole at open; a larger one at its ends, then where it is read: 10^9 documents
+    open in O(1) time and memory. Every read returns a copy: a view into the map would crash the process if it outlived
+    the store. Pickled by its arguments: a worker opens the files itself.
 
-    num_tokens, num_documents: counts. dtype: of the file. document_starts: int64 ``[num_documents + 1]``, the token at
-    which each document starts, and ``num_tokens``. Raises DataError, naming file and field.
+    bin_pieces, idx_pieces: digests (pieces.py) of the files' 64 MiB pieces, each compared when it is first read; of a
+    small index none is needed, the caller can compare all of it.
+
+    prefix: as given. path: of the file of tokens. num_tokens, num_documents: counts. dtype: of the file. Raises
+    DataError, naming file and field.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
-        self.prefix = str(prefix)
-        index = _read_bytes(self.prefix + ".idx")
-        self.dtype, lengths, documents = parse_index(index, self.prefix + ".idx")
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        self.document_starts: NDArray[np.int64] = offsets[documents]
-        self.num_tokens = int(offsets[-1])
-        self.num_documents = len(documents) - 1
-        self._tokens = self._map()
+    def __init__(self, prefix: str | Path, bin_pieces: Sequence[str] = (), idx_pieces: Sequence[str] = ()) -> None:
+        index = Index.open(f"{prefix}.idx")
+        borders = index.borders(idx_pieces)
+        found = file_size(f"{prefix}.bin")
+        if found != index.num_tokens * index.dtype.itemsize:
+            raise DataError(
+                f"{prefix}.bin: expected {index.num_tokens * index.dtype.itemsize:,} bytes from the .idx, "
+                f"found {found:,}"
+            )
+        check = PieceCheck(f"{prefix}.bin", bin_pieces) if bin_pieces else None
+        self._open(prefix, f"{prefix}.bin", index.dtype, borders, (bin_pieces, idx_pieces), check=check)
 
-    def _map(self) -> NDArray[np.integer]:
-        path = self.prefix + ".bin"
-        expected = self.num_tokens * self.dtype.itemsize
-        try:
-            found = os.path.getsize(path)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}") from None
-        if found != expected:
-            raise DataError(f"{path}: expected {expected:,} bytes from the .idx, found {found:,}")
-        if expected == 0:
-            return np.empty(0, dtype=self.dtype)
-        return np.memmap(path, dtype=self.dtype, mode="r")
+    def _open(
+        self,
+        prefix: str | Path,
+        path: str | Path,
+        dtype: np.dtype,
+        borders: Borders,
+        arguments: tuple[Any, ...] = (),
+        tokens: NDArray[np.integer] | None = None,
+        check: PieceCheck | None = None,
+    ) -> None:
+        """Set what every kind of store has. tokens: of the file, mapped; default: the file holds nothing else.
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.prefix,)  # a worker opens the files itself instead of receiving a copy of the map
+        arguments: of ``__init__`` after ``prefix``, for a copy in another process. check: asked before bytes are used.
+        """
+        self.prefix, self.path, self.dtype, self.borders = str(prefix), str(path), dtype, borders
+        self._arguments = (self.prefix, *arguments)
+        self._check = check
+        if tokens is None:
+            empty = file_size(path) == 0  # which mmap refuses
+            # a plain array over the map: slicing a memmap costs more than the copy
+            tokens = np.empty(0, dtype=dtype) if empty else np.asarray(np.memmap(path, dtype=dtype, mode="r"))
+        self._tokens = tokens
+        self.num_tokens = len(tokens)
+
+    def __reduce__(self) -> tuple[type[Store], tuple[Any, ...]]:
+        return type(self), self._arguments
+
+    @property
+    def num_documents(self) -> int:
+        return self.borders.num_documents
+
+    @property
+    def document_starts(self) -> NDArray[np.int64]:
+        """int64 ``[num_documents + 1]``: the token at which each document starts, and ``num_tokens``; all in memory."""
+        return self.borders.starts(0, self.num_documents + 1)
 
     def num_windows(self, length: int) -> int:
         """Whole windows of ``length`` inputs; each needs one token more, as its last target."""
@@ -75,50 +101,62 @@ class Store:
         """int32 ``[length + 1]``: inputs ``[:-1]`` and targets ``[1:]`` of window p; its stride is ``length``."""
         return self.tokens(p * length, length + 1)
 
-    def windows(self, p: NDArray[np.int64], length: int) -> NDArray[np.int32]:
-        """int32 ``[n, length + 1]``: the windows ``p`` int64 ``[n]``."""
-        return np.stack([self.window(int(index), length) for index in p])
-
     def tokens(self, start: int, count: int) -> NDArray[np.int32]:
         """int32 ``[count]``: a copy of the tokens ``[start, start + count)``."""
         if start < 0 or count < 0 or start + count > self.num_tokens:
-            raise IndexError(f"{self.prefix}.bin: tokens [{start}, {start + count}) of {self.num_tokens}")
-        return self._tokens[start : start + count].astype(np.int32)
+            raise IndexError(f"{self.path}: tokens [{start}, {start + count}) of {self.num_tokens}")
+        if self._check is not None:
+            self._check(start * self.dtype.itemsize, (start + count) * self.dtype.itemsize)
+        found = self._tokens[start : start + count]
+        tokens = found.astype(np.int32)
+        if self.dtype.itemsize > 4 and (tokens != found).any():  # 2^32 + 5 must not become 5
+            raise self.out_of_range(start + int((tokens != found).argmax()), MAX_LENGTH)
+        return tokens
 
     def document(self, j: int) -> NDArray[np.int32]:
         """int32: a copy of document j's tokens, end-of-document token included if the writer added one."""
-        start = int(self.document_starts[j])
-        return self.tokens(start, int(self.document_starts[j + 1]) - start)
+        start, stop = self.borders.starts(j, j + 2).tolist()
+        return self.tokens(start, stop - start)
 
     def document_ids(self, start: int, count: int) -> NDArray[np.int32]:
         """int32 ``[count]``: the document of each token, counted from 0 at token ``start``."""
-        first, last = np.searchsorted(self.document_starts, [start + 1, start + count])
-        inner = np.unique(self.document_starts[first:last]) - start  # empty documents own no token
-        opens = np.zeros(count, dtype=np.int32)
-        opens[inner] = 1
-        return np.cumsum(opens, dtype=np.int32)
+        ids = np.empty(count, dtype=np.int32)
+        at = number = 0
+        for border in (*(self.borders.inside(start, start + count) - start).tolist(), count):
+            if border > at:  # an empty document has its border twice
+                ids[at:border] = number
+                at, number = border, number + 1
+        return ids
+
+    def pieces(self) -> Iterator[tuple[int, NDArray[np.integer]]]:
+        """All tokens in order, as they are in the file, some 16 million at a time, with the number of the first."""
+        for start in range(0, self.num_tokens, READ_TOKENS):
+            yield start, self._tokens[start : start + READ_TOKENS]
+
+    def document_lengths(self) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """Tokens of every document, int64 ``[n]``, about a million at a time, with the number of the first."""
+        for start in range(0, self.num_documents, READ_DOCUMENTS):
+            yield start, np.diff(self.borders.starts(start, min(start + READ_DOCUMENTS, self.num_documents) + 1))
 
     def check_range(self, vocab_size: int) -> None:
         """Raise DataError naming document and offset of the first id outside ``[0, vocab_size)``; reads everything."""
-        piece = 1 << 24
-        for start in range(0, self.num_tokens, piece):
-            ids = self._tokens[start : start + piece]
-            wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
-            if wrong.size:
-                raise self.out_of_range(start + int(wrong[0]), vocab_size)
+        for start, ids in self.pieces():
+            wrong = (ids < 0) | (ids >= vocab_size)
+            if wrong.any():
+                raise self.out_of_range(start + int(wrong.argmax()), vocab_size)
 
     def out_of_range(self, position: int, vocab_size: int) -> DataError:
         """The error for the token at ``position``, with the document it lies in."""
-        document = int(np.searchsorted(self.document_starts, position, side="right")) - 1
-        offset = position - int(self.document_starts[document])
+        document = self.borders.find(position + 1) - 1
+        offset = position - int(self.borders.starts(document, document + 1)[0])
         return DataError(
-            f"{self.prefix}.bin: token id {self._tokens[position]} at token {offset} of document {document} is outside "
-            f"the vocabulary of {vocab_size}"
+            f"{self.path}: token id {self._tokens[position]} at token {offset} of document {document} is outside the "
+            f"vocabulary of {vocab_size}"
         )
 
 
 class StoreWriter:
-    """Writes one document after another; the pair appears under its names only when ``close`` succeeds.
+    """Writes one document after another; the pair appears under its names only when ``close`` succeeds. O(1) memory.
 
     vocab_size: ids outside ``[0, vocab_size)`` are refused (a cast would wrap them silently). dtype: of the file,
     default the smallest for the vocabulary.
@@ -129,30 +167,39 @@ class StoreWriter:
         self.vocab_size = vocab_size
         self.dtype = dtype or smallest_dtype(vocab_size)
         self.num_tokens = 0
-        self.lengths = array("i")
         self._bin = open(self.prefix + ".bin.partial", "wb")  # noqa: SIM115 (closed by close or __exit__)
+        self._idx = open(self.prefix + ".idx.partial", "w+b")  # noqa: SIM115
+        self._index = IndexWriter(self._idx, self.dtype)
 
     def add(self, tokens: NDArray[np.integer]) -> None:
         """Append one document, integers ``[n]``."""
-        document = len(self.lengths)
-        if tokens.size > MAX_LENGTH:
-            raise DataError(f"{self.prefix}.bin: document {document} has {tokens.size:,} tokens, more than 2^31 - 1")
+        self.extend(tokens, np.array([tokens.size]))
+
+    def extend(self, tokens: NDArray[np.integer], lengths: NDArray[np.integer]) -> None:
+        """Append documents of ``lengths`` tokens, integers ``[d]``; ``tokens`` ``[lengths.sum()]`` holds them all."""
+        first = self._index.num_documents
+        if int(lengths.sum()) != tokens.size:
+            raise ValueError(f"{tokens.size} tokens for documents of {int(lengths.sum())}")
+        if lengths.size and int(lengths.max()) > MAX_LENGTH:
+            j = int(lengths.argmax())
+            raise DataError(f"{self.prefix}.bin: document {first + j} has {lengths[j]:,} tokens, more than 2^31 - 1")
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            wrong = int(((tokens < 0) | (tokens >= self.vocab_size)).argmax())
+            j = int(np.cumsum(lengths).searchsorted(wrong, side="right"))
+            document = tokens[int(lengths[:j].sum()) :][: int(lengths[j])]
             raise DataError(
-                f"{self.prefix}.bin: document {document} has token ids {tokens.min()}..{tokens.max()}, the vocabulary "
-                f"has {self.vocab_size}"
+                f"{self.prefix}.bin: document {first + j} has token ids {document.min()}..{document.max()}, the "
+                f"vocabulary has {self.vocab_size}"
             )
         self._bin.write(tokens.astype(self.dtype).tobytes())
-        self.lengths.append(int(tokens.size))
+        self._index.add(lengths)
         self.num_tokens += int(tokens.size)
 
     def close(self) -> None:
         """Make both files durable, then visible, ``.idx`` last: a reader that finds it finds the rest."""
         _sync_close(self._bin)
-        lengths = np.frombuffer(self.lengths, dtype=np.int32)
-        with open(self.prefix + ".idx.partial", "wb") as file:
-            file.write(index_bytes(self.dtype, lengths, np.arange(len(lengths) + 1)))
-            _sync_close(file)
+        self._index.finish()
+        _sync_close(self._idx)
         for suffix in (".bin", ".idx"):
             os.replace(self.prefix + suffix + ".partial", self.prefix + suffix)
         sync_folder(Path(self.prefix).parent)
@@ -161,57 +208,20 @@ class StoreWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-            return
-        self._bin.close()
-        os.remove(self.prefix + ".bin.partial")
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            for file in (self._bin, self._idx):
+                with suppress(OSError):  # a full disk refuses the last bytes again
+                    file.close()
+                Path(file.name).unlink(missing_ok=True)
 
 
-def index_bytes(dtype: np.dtype, lengths: NDArray[np.integer], documents: NDArray[np.integer]) -> bytes:
-    """The ``.idx`` of sequences of ``lengths`` tokens; ``documents[j]`` is the first sequence of document j."""
-    code = next(code for code, known in DTYPES.items() if known == dtype)
-    offsets = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1], out=offsets[1:], dtype="<i8")
-    header = HEADER.pack(MAGIC, 1, code, len(lengths), len(documents))
-    arrays = (lengths.astype("<i4"), offsets * dtype.itemsize, documents.astype("<i8"))
-    return header + b"".join(part.tobytes() for part in arrays)
-
-
-def parse_index(data: bytes, path: str) -> tuple[np.dtype, NDArray[np.int64], NDArray[np.int64]]:
-    """dtype, lengths and document array of an index, each checked."""
-    if data.startswith(OLD_MAGIC):
-        raise DataError(f"{path}: an old TNTIDX (cached/lazy) index; convert it to MMIDIDX with Megatron-LM's tools")
-    if not data.startswith(MAGIC) or len(data) < HEADER.size:
-        raise DataError(f"{path}: not a Megatron index: expected magic {MAGIC!r}, found {data[:9]!r}")
-    _, version, code, sequences, borders = HEADER.unpack_from(data)
-    if version != 1:
-        raise DataError(f"{path}: index version {version}, only 1 is known")
-    if code not in DTYPES:
-        raise DataError(f"{path}: token dtype code {code}; known: {', '.join(map(str, DTYPES))}")
-    expected = HEADER.size + 12 * sequences + 8 * borders
-    if len(data) not in (expected, expected + sequences):  # one mode byte per sequence in multimodal sets; not read
-        raise DataError(f"{path}: expected {expected:,} bytes for {sequences:,} sequences, found {len(data):,}")
-    lengths = np.frombuffer(data, "<i4", sequences, HEADER.size).astype(np.int64)
-    offsets = np.frombuffer(data, "<i8", sequences, HEADER.size + 4 * sequences)
-    documents = np.frombuffer(data, "<i8", borders, HEADER.size + 12 * sequences).astype(np.int64)
-    if (lengths < 0).any():
-        raise DataError(f"{path}: sequence {int(np.argmax(lengths < 0))} has a negative length")
-    wrong = offsets != (np.cumsum(lengths) - lengths) * DTYPES[code].itemsize
-    if wrong.any():
-        raise DataError(f"{path}: the byte offset of sequence {int(np.argmax(wrong))} does not follow from the lengths")
-    steps = np.diff(documents)
-    if borders < 1 or documents[0] != 0 or documents[-1] != sequences or (steps < 0).any():
-        raise DataError(f"{path}: the document array must rise from 0 to {sequences}")
-    if borders == sequences + 1 and (steps != 1).any():
-        # As many documents as sequences, yet not one each: no builder writes this, a flipped byte does.
-        raise DataError(f"{path}: document {int(np.argmax(steps != 1))} does not hold exactly one sequence")
-    return DTYPES[code], lengths, documents
-
-
-def _read_bytes(path: str) -> bytes:
+def file_size(path: str | Path) -> int:
+    """Bytes of a file, or DataError."""
     try:
-        return Path(path).read_bytes()
+        return os.path.getsize(path)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
 

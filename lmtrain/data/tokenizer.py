@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tokenizers
 from numpy.typing import NDArray
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
+from lmtrain.data.tiktoken_engine import NotSupported, TiktokenEngine, byte_of_character
 from lmtrain.errors import DataError
 
 EOD = "<|endoftext|>"
@@ -25,11 +25,6 @@ PROBE = (
 )
 PIECE = 1 << 20
 """Characters encoded at once: some pattern engines backtrack badly on megabytes of one kind of character."""
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-"""Llama-3's split: digits by three, runs of blanks and of newlines kept together (good for code)."""
 
 
 class Tokenizer(ABC):
@@ -71,19 +66,34 @@ class Tokenizer(ABC):
             out.append(parts[0] if len(parts) == 1 else np.concatenate(parts))
         return out
 
+    def accelerate(self, sample: Sequence[str] | None = None) -> str | None:
+        """Encode with a faster engine from now on. sample: texts on which its ids are first shown to be the same.
+
+        Returns why not, as a clause; None: it is on.
+        """
+        return "there is no faster engine for its kind"
+
+    @abstractmethod
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its text; None if there is no such token."""
+
+    @abstractmethod
+    def byte_tokens(self) -> NDArray[np.bool_]:
+        """bool ``[vocab_size]``: the tokens that stand for a part of a character: what a tokenizer falls back to."""
+
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ``ids``; special tokens appear as their text."""
 
     @abstractmethod
-    def _encode(self, texts: list[str]) -> list[list[int]]: ...
+    def _encode(self, texts: list[str]) -> Sequence[Sequence[int] | NDArray[np.integer]]: ...
 
     def _finish(self, path: Path, content: Any) -> None:
         """Set what every kind has; refuse a tokenizer that makes its eod from text."""
         self.path = str(path)
         if self.eod_id in self._encode([f"a{self.eod}b"])[0]:
             raise DataError(f"{path}: text that spells {self.eod!r} becomes the end-of-document id {self.eod_id}")
-        parts = [content, self.eod_id, self._encode([PROBE])[0]]
+        parts = [content, self.eod_id, list(self._encode([PROBE])[0])]
         canonical = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(canonical.encode()).hexdigest()
 
@@ -109,9 +119,12 @@ class HFTokenizer(Tokenizer):
             raise DataError(f"{path}: not a tokenizer.json: {_first_line(error)}") from None
         self._find_eod(path, eod, engine.get_vocab(with_added_tokens=True))
         for token in spec.get("added_tokens", []):
-            if token["content"] == self.eod:
+            if token["content"] == self.eod and not token["special"]:
                 token["special"] = True  # only special tokens can be kept from being made of text
-        self.engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+                engine = tokenizers.Tokenizer.from_str(json.dumps(spec))
+        self._spec = spec
+        self._fast: TiktokenEngine | None = None
+        self.engine = engine
         self.engine.no_truncation()
         self.engine.no_padding()
         self.engine.encode_special_tokens = True
@@ -119,8 +132,42 @@ class HFTokenizer(Tokenizer):
         content = json.loads(self.engine.to_str())
         self._finish(path, _without_defaults({k: v for k, v in content.items() if k not in ("truncation", "padding")}))
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.engine.encode_batch_fast(texts, add_special_tokens=False)]
+    def accelerate(self, sample: Sequence[str] | None = None) -> str | None:
+        try:
+            fast = TiktokenEngine(self._spec)
+        except NotSupported as reason:
+            return str(reason)
+        for text, ids in zip(sample or [], self._encode(list(sample or [])), strict=True):
+            other = fast.encode(text)
+            if other is not None and not np.array_equal(other, ids):
+                return f"tiktoken gives other ids for {text[:60]!r}"
+        self._fast = fast
+        return None
+
+    def _encode(self, texts: list[str]) -> Sequence[Sequence[int] | NDArray[np.integer]]:
+        if self._fast is None:
+            return [encoding.ids for encoding in self.engine.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            self.engine.encode(text, add_special_tokens=False).ids if ids is None else ids
+            for text, ids in zip(texts, map(self._fast.encode, texts), strict=True)
+        ]
+
+    def token_id(self, token: str) -> int | None:
+        return self.engine.token_to_id(token)
+
+    def byte_tokens(self) -> NDArray[np.bool_]:
+        found = np.zeros(self.vocab_size, dtype=np.bool_)
+        special = {token["content"] for token in self._spec.get("added_tokens", [])}
+        known = byte_of_character()
+        bytelevel = '"ByteLevel"' in json.dumps(self._spec.get("pre_tokenizer"))
+        for token, number in self.engine.get_vocab(with_added_tokens=False).items():
+            if token in special:
+                continue
+            if bytelevel:
+                found[number] = not _whole_characters(bytes(known.get(character, 0) for character in token))
+            else:
+                found[number] = len(token) == 6 and token.startswith("<0x")
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.engine.decode([int(i) for i in ids], skip_special_tokens=False))
@@ -142,6 +189,13 @@ class SentencePieceTokenizer(Tokenizer):
         self._find_eod(path, eod, {self.engine.id_to_piece(i): i for i in range(self.vocab_size)})
         self._finish(path, hashlib.sha256(self.engine.serialized_model_proto()).hexdigest())
 
+    def token_id(self, token: str) -> int | None:
+        number = self.engine.piece_to_id(token)
+        return number if self.engine.id_to_piece(number) == token else None
+
+    def byte_tokens(self) -> NDArray[np.bool_]:
+        return np.array([self.engine.is_byte(i) for i in range(self.vocab_size)])
+
     def _encode(self, texts: list[str]) -> list[list[int]]:
         return [list(ids) for ids in self.engine.encode(texts, add_bos=False, add_eos=False)]
 
@@ -157,27 +211,6 @@ class SentencePieceTokenizer(Tokenizer):
         return "".join([*parts, self.engine.decode(run)])
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: str | Path, eod: str = EOD) -> Tokenizer:
-    """Train a byte-level BPE of ``vocab_size`` ids (at least 257: all bytes and eod) and write it to ``path``."""
-    if vocab_size < 257:
-        raise DataError(f"tokenizer=train:{vocab_size}: at least 257 ids are needed (256 bytes and {eod})")
-    engine = tokenizers.Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(PATTERN), "isolated")
-    engine.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    engine.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[eod],
-        show_progress=False,
-    )
-    engine.train_from_iterator(texts, trainer)
-    engine.save(str(path))
-    return Tokenizer.load(path, eod)
-
-
 def _configured_eod(path: Path) -> str | None:
     """``eos_token`` of the tokenizer_config.json beside ``path``, where Hugging Face keeps it."""
     config = path.parent / "tokenizer_config.json"
@@ -188,6 +221,14 @@ def _configured_eod(path: Path) -> str | None:
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{config}: not readable: {_first_line(error)}") from None
     return eos.get("content") if isinstance(eos, dict) else eos
+
+
+def _whole_characters(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _without_defaults(value: Any) -> Any:

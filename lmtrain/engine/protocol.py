@@ -39,7 +39,12 @@ class StepInfo:
 
 
 class Engine(Protocol):
-    """Owns model and optimizer on their mesh. ``Batch`` stays outside the model, cut to this rank's shard."""
+    """Owns model and optimizer on their mesh. ``Batch`` stays outside the model, cut to this rank's shard.
+
+    num_sources: S, the sources whose losses a step tells apart; the caller raises it when a source comes.
+    """
+
+    num_sources: int
 
     def train_step(self, micro_batches: Sequence[Batch], lr: float, flags: Tensor) -> StepInfo:
         """One optimizer step; collective. flags: int64, summed over ranks before anything is computed."""

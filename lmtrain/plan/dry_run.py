@@ -42,7 +42,6 @@ def summary(
     check(model, seq_len=data.seq_len, cluster=cluster, mesh=mesh)
     rows = rows_per_pass(data, train, cluster, mesh)
     vocab_size = embedding_rows(model, tokenizer_size)
-    steps = train.steps if train.steps is not None else math.ceil((train.tokens or 0) / train.batch_tokens)
     memory = None
     if vocab_size is not None:
         dtype = resolve_dtype(cluster.dtype, _device(cluster))
@@ -55,7 +54,7 @@ def summary(
         "peak_bytes": None if memory is None else memory.peak,
         "mesh": {axis: getattr(mesh, axis) for axis in (*AXES, "ep")},
         "tokens_per_step": train.batch_tokens,
-        "steps": steps,
+        "steps": train.num_steps(data),
         "vocab_size": vocab_size,
         "microbatch": rows,
         "memory": None if memory is None else dataclasses.asdict(memory),
@@ -82,16 +81,15 @@ def rows_per_pass(data: DataConfig, train: TrainConfig, cluster: ClusterConfig, 
     Raises UsageError if the rows of a step do not divide over the data-parallel ranks, or a rank's over micro-batches.
     """
     ranks = mesh.dp_replicate * mesh.dp_shard
-    per_block = (data.block_tokens or data.seq_len) // data.seq_len
-    rows = train.batch_tokens // data.seq_len
-    if rows % (ranks * per_block):
-        unit = ranks * per_block * data.seq_len
-        nearest = max(1, round(train.batch_tokens / unit)) * unit
-        raise UsageError(
-            f"train.batch_tokens: {train.batch_tokens} do not divide over {ranks} data-parallel ranks in blocks of "
-            f"{per_block * data.seq_len} tokens; nearest: {nearest}"
-        )
-    share = rows // ranks
+    per_block = data.block_length // data.seq_len
+    unit = ranks * data.block_length
+    for key, size in [("batch_tokens", train.batch_tokens), *(("batch_ramp", size) for _, size in train.batch_ramp)]:
+        if size % unit:
+            raise UsageError(
+                f"train.{key}: {size} do not divide over {ranks} data-parallel ranks in blocks of "
+                f"{data.block_length} tokens; nearest: {max(1, round(size / unit)) * unit}"
+            )
+    share = math.gcd(train.batch_tokens, *(size for _, size in train.batch_ramp)) // data.seq_len // ranks
     fitting = [n for n in range(per_block, share + 1, per_block) if share % n == 0]
     if cluster.microbatch is None:
         return max((n for n in fitting if n <= MOST_ROWS), default=fitting[0])

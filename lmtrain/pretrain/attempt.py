@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import uuid
 from collections.abc import Callable
@@ -21,12 +20,13 @@ from lmtrain.checkpoint.storage import LocalStorage, probe_writable
 from lmtrain.config.load import Settings
 from lmtrain.data.heldout import Heldout
 from lmtrain.data.loader import Loader
-from lmtrain.data.schedule import ScheduleLog
+from lmtrain.data.schedule import Event, ScheduleLog
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine.fsdp import FSDPEngine
 from lmtrain.errors import EXIT_DONE, EXIT_INTERNAL, DataError, LmtrainError
 from lmtrain.parallel.mesh import build_mesh
 from lmtrain.pretrain.banner import banner
+from lmtrain.pretrain.log import METRICS, last_step, settle_log
 from lmtrain.pretrain.plan import Plan, digest, plain, trained
 from lmtrain.pretrain.restore import restore
 from lmtrain.train.console import Console
@@ -34,6 +34,7 @@ from lmtrain.train.environment import describe_run, redact
 from lmtrain.train.hardware import describe, peak_flops
 from lmtrain.train.loop import Progress, Trainer
 from lmtrain.train.metrics import MetricsLog
+from lmtrain.train.mixture import Mixture
 from lmtrain.train.recorder import Recorder
 from lmtrain.train.run_folder import RunFolder
 from lmtrain.train.signals import StopRequest
@@ -85,10 +86,7 @@ def attempt(settings: Settings, plan: Plan, argv: list[str], stop: StopRequest) 
 def _take_folder(
     settings: Settings, plan: Plan, argv: list[str], run_dir: Path, start_id: str
 ) -> tuple[RunFolder, RunLock] | None:
-    """The run folder, locked; rank 0 only. None, with nothing changed, if its run is finished.
-
-    Begins the schedule log with the recipe's mixture if there is none.
-    """
+    """The run folder, locked; rank 0 only. None, with nothing changed, if its run is finished."""
     folder = RunFolder(run_dir)
     lock = RunLock(run_dir, start_id)
     try:
@@ -100,8 +98,6 @@ def _take_folder(
             return None
         where = {"cluster": plain(plan.cluster), "dtype": str(plan.dtype), "kernels": plan.kernels}
         folder.begin(describe_run(argv, describe(plan.device)) | where)
-        weights = {name: source.weight for name, source in settings.recipe.data.sources.items()}
-        ScheduleLog.open(run_dir / "schedule.jsonl", weights)
     except BaseException:
         lock.release()
         raise
@@ -133,21 +129,7 @@ def _build(
 ) -> Trainer:
     recipe, cluster, device = settings.recipe, plan.cluster, plan.device
     mesh = build_mesh(cluster.mesh, device.type)
-    log = ScheduleLog.read(run_dir / "schedule.jsonl")
-    loader = everywhere(
-        ranks,
-        lambda: Loader(
-            recipe.data,
-            seed=recipe.seed,
-            batch_tokens=recipe.train.batch_tokens,
-            microbatch=plan.microbatch,
-            dp_rank=mesh.data_rank,
-            dp_size=mesh.data_size,
-            log=log,
-            workers=cluster.workers,
-        ),
-    )
-    loader.check(plan.total_steps)
+    tokenizer = Tokenizer.load(recipe.data.tokenizer)
     heldout = everywhere(ranks, lambda: Heldout(recipe.data, recipe.eval.max_tokens))
     engine = FSDPEngine(
         recipe.model,
@@ -158,23 +140,45 @@ def _build(
         device=device,
         dtype=plan.dtype,
         seed=recipe.seed,
-        num_sources=len(recipe.data.sources),
         z_loss=recipe.train.z_loss,
     )
     identity: dict[str, Any] = {
         "mesh": plain(cluster.mesh),
         "recipe_sha256": digest(trained(yaml.safe_dump(plain(recipe)))),
-        "tokenizer_fingerprint": loader.fingerprint,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
         "model_fingerprint": digest(plain(recipe.model)),
         "kernels": plan.kernels,
         "lmtrain": __version__,
     }
     checkpointer = Checkpointer(run_dir, recipe.checkpoint, start_id=start_id, identity=identity)
     origin = restore(settings, plan, checkpointer, engine, progress)
+    log, events = _log(settings, plan, ranks, run_dir, progress)
+    loader = everywhere(
+        ranks,
+        lambda: Loader(
+            recipe.data,
+            seed=recipe.seed,
+            batch_tokens=recipe.train.batch_tokens,
+            batch_ramp=recipe.train.batch_ramp,
+            microbatch=plan.microbatch,
+            dp_rank=mesh.data_rank,
+            dp_size=mesh.data_size,
+            log=ScheduleLog(events),
+            workers=cluster.workers,
+        ),
+    )
+    engine.num_sources = len(loader.source_names)
+    learnt = progress.mixture.get("policy", {})
+    if learnt.get("kind") == recipe.data.policy.kind:  # a branch may have another
+        plan.policy.load_state_dict(learnt["state"])
+    # a step that was recorded, or had an event, proposed then what it would propose now
+    recorded = 0
+    if log is not None and not settings.launch.schedule.fork:
+        recorded = max(last_step(run_dir / METRICS), *(event.step for event in events))
     recorder = None
     if folder is not None:
         console = Console(plan.total_steps, recipe.train.log_every)
-        console.banner(banner(settings, plan, loader, heldout, origin))
+        console.banner(banner(settings, plan, loader, heldout, origin, progress.step))
         metrics = MetricsLog(folder.metrics, folder.attempt, progress.step, progress.tokens)
         wandb = WandbView(
             recipe.train.wandb,
@@ -190,21 +194,57 @@ def _build(
         eval_cfg=recipe.eval,
         save_every=recipe.checkpoint.every,
         total_steps=plan.total_steps,
-        flops_per_token=recipe.model.flops_per_token(plan.vocab_size, recipe.data.seq_len),
+        flops_per_token={
+            length: recipe.model.flops_per_token(plan.vocab_size, length) for length in loader.schedule.lengths
+        },
         peak=None if peak is None else peak * plan.world,
         engine=engine,
         loader=loader,
         heldout=heldout,
-        tokenizer=Tokenizer.load(recipe.data.tokenizer),
+        tokenizer=tokenizer,
         rows=plan.microbatch,
         checkpointer=checkpointer,
-        schedule={"events": [dataclasses.asdict(event) for event in log.events]},
+        mixture=Mixture(
+            loader=loader,
+            ranks=ranks,
+            total_steps=plan.total_steps,
+            log=log,
+            policy=plan.policy,
+            control=run_dir / "control",
+            recorded=recorded,
+            note=recorder.console.note if recorder else lambda text: None,
+        ),
         mesh=mesh,
         device=device,
         stop=stop,
         recorder=recorder,
         progress=progress,
     )
+
+
+def _log(
+    settings: Settings, plan: Plan, ranks: Ranks, run_dir: Path, progress: Progress
+) -> tuple[ScheduleLog | None, list[Event]]:
+    """The schedule log on rank 0, None elsewhere; and its events, on all ranks."""
+    kept: list[ScheduleLog] = []
+    recipe = settings.recipe
+    first_block = recipe.train.schedule_of(recipe.data).first_block(progress.step)
+
+    def events() -> list[Event]:
+        kept.append(
+            settle_log(
+                run_dir,
+                plan.weights,
+                progress.mixture,
+                first_block=first_block,
+                step=progress.step,
+                fork=settings.launch.schedule.fork,
+            )
+        )
+        return list(kept[0].events)
+
+    shared = ranks.on_first(events)
+    return (kept[0] if kept else None), shared
 
 
 def everywhere(ranks: Ranks, make: Callable[[], T]) -> T:

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,6 +19,9 @@ from lmtrain.config.help import answer
 from lmtrain.config.load import Settings, load
 from lmtrain.config.recipe import Recipe
 from lmtrain.data.loader import Loader
+from lmtrain.data.policies.epochs import check_epochs
+from lmtrain.data.policies.make import make
+from lmtrain.data.policies.policy import MixPolicy, Run
 from lmtrain.data.schedule import ScheduleLog
 from lmtrain.data.sources import check_sources
 from lmtrain.data.tokenizer import Tokenizer
@@ -31,7 +35,7 @@ from lmtrain.plan.text import text as dry_run_text
 from lmtrain.pretrain.attempt import attempt
 from lmtrain.pretrain.plan import Plan
 from lmtrain.train.hardware import resolve_device, resolve_dtype
-from lmtrain.train.learning_rate import check as check_schedule
+from lmtrain.train.learning_rate import phases
 from lmtrain.train.signals import StopRequest, die_with_parent
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -70,17 +74,31 @@ def run(settings: Settings, argv: list[str]) -> int:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     cluster = dataclasses.replace(settings.cluster, mesh=resolve(settings.cluster.mesh, world))
     set_kernels(cluster.kernels)
-    check_supported(recipe.model, seq_len=recipe.data.seq_len, cluster=cluster, mesh=cluster.mesh)
-    steps = recipe.train.steps or -(-(recipe.train.tokens or 0) // recipe.train.batch_tokens)
-    check_schedule(recipe.train.schedule, steps * recipe.train.batch_tokens)
+    for length in {recipe.data.seq_len, *(length for _, length in recipe.data.seq_lens)}:
+        check_supported(recipe.model, seq_len=length, cluster=cluster, mesh=cluster.mesh)
     if settings.launch.dry_run:
         return _dry_run(settings, cluster, world)
     device = resolve_device(cluster.device)
     dtype = resolve_dtype(cluster.dtype, device)
     kernels = chosen(device.type, dtype)
     microbatch = rows_per_pass(recipe.data, recipe.train, cluster, cluster.mesh)
-    vocab_size = _check_data(recipe, cluster, microbatch, steps)
-    plan = Plan(cluster, world, device, dtype, vocab_size, microbatch, total_steps=steps, kernels=kernels)
+    loader = _check_data(recipe, cluster, microbatch)
+    vocab_size = embedding_rows(recipe.model, loader.vocab_size)
+    assert vocab_size is not None, "known, since the tokenizer is"
+    policy, weights, warnings = _mixture(recipe, loader)
+    plan = Plan(
+        cluster,
+        world,
+        device,
+        dtype,
+        vocab_size,
+        microbatch,
+        total_steps=recipe.train.num_steps(recipe.data),
+        kernels=kernels,
+        policy=policy,
+        weights=weights,
+        warnings=warnings,
+    )
     _start_processes(device)
     try:
         with StopRequest() as stop:
@@ -89,14 +107,15 @@ def run(settings: Settings, argv: list[str]) -> int:
         dist.destroy_process_group()
 
 
-def _check_data(recipe: Recipe, cluster: ClusterConfig, microbatch: int, steps: int) -> int:
-    """Rows of the embedding. Raises what is wrong with the data, before there is a run folder."""
+def _check_data(recipe: Recipe, cluster: ClusterConfig, microbatch: int) -> Loader:
+    """Raises what is wrong with the data, before there is a run folder."""
     weights = {name: source.weight for name, source in recipe.data.sources.items()}
     try:
-        loader = Loader(
+        return Loader(
             recipe.data,
             seed=recipe.seed,
             batch_tokens=recipe.train.batch_tokens,
+            batch_ramp=recipe.train.batch_ramp,
             microbatch=microbatch,
             dp_rank=0,
             dp_size=cluster.mesh.dp_replicate * cluster.mesh.dp_shard,
@@ -104,10 +123,17 @@ def _check_data(recipe: Recipe, cluster: ClusterConfig, microbatch: int, steps: 
         )
     except DataError as error:
         raise DataError("; ".join(check_sources(recipe.data)) or str(error)) from error
-    vocab_size = embedding_rows(recipe.model, loader.vocab_size)
-    assert vocab_size is not None, "known, since the tokenizer is"
-    loader.check(steps)
-    return vocab_size
+
+
+def _mixture(recipe: Recipe, loader: Loader) -> tuple[MixPolicy, Mapping[str, float], list[str]]:
+    """The policy, the first mixture, and warnings of sources read often. UsageError for what cannot work."""
+    data = recipe.data
+    total = loader.schedule.tokens(recipe.train.num_steps(data))
+    weights = {name: source.weight for name, source in data.sources.items()}
+    run = Run(loader.tokens_available, total, phases(recipe.train.schedule, total), data.max_epochs)
+    policy = make(data.policy, weights, run)
+    warnings = check_epochs(policy.plan() or {}, loader.tokens_available, data.max_epochs)
+    return policy, weights if data.policy.first == "weights" else policy.first, warnings
 
 
 def _start_processes(device: torch.device) -> None:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import yaml
 
+from lmtrain.config.files import Tree
+from lmtrain.config.validate import build
+from lmtrain.data.policies.policy import MixPolicy
 from lmtrain.parallel.config import ClusterConfig
 
 TRAINED = ("model", "data", "train", "seed")
@@ -21,7 +24,10 @@ VIEWS = ("log_every", "wandb")
 
 @dataclass(frozen=True)
 class Plan:
-    """What follows from the settings, this machine and the world, before anything is allocated."""
+    """What follows from the settings, this machine, the data and the world, before anything is allocated.
+
+    policy: of the mixture. weights: the first mixture. warnings: of sources read often.
+    """
 
     cluster: ClusterConfig
     world: int
@@ -31,6 +37,9 @@ class Plan:
     microbatch: int
     total_steps: int
     kernels: dict[str, str]
+    policy: MixPolicy
+    weights: Mapping[str, float]
+    warnings: list[str]
 
 
 def plain(value: Any) -> dict[str, Any]:
@@ -40,9 +49,11 @@ def plain(value: Any) -> dict[str, Any]:
 
 
 def trained(text: str) -> Mapping[str, Any]:
-    """The part of a recipe's YAML that decides what is trained."""
-    recipe = yaml.safe_load(text)
-    kept = {name: recipe.get(name) for name in TRAINED}
+    """The part of a recipe's YAML that decides what is trained; keys that an old one lacks have defaults."""
+    tree = Tree("recipe")
+    tree.merge(yaml.safe_load(text), "recipe.yaml")
+    recipe = plain(build(tree, tree.resolve()))
+    kept = {name: recipe[name] for name in TRAINED}
     kept["train"] = {key: value for key, value in kept["train"].items() if key not in VIEWS}
     return kept
 

@@ -40,6 +40,7 @@ def restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine: 
     loop = documents["loop"]
     engine.load_state_dict(loop)
     progress.step, progress.tokens, progress.guard = loop["step"], loop["tokens"], loop["guard"]
+    progress.mixture = documents["schedule"]
     then = checkpointer.manifest(found).get("kernels")
     changed = "" if then == plan.kernels else f"; kernels were {then}, now {plan.kernels}: bits may differ"
     return f"{origin} (step {progress.step}){changed}"

@@ -93,7 +93,7 @@ def line_chart(
     xs = [x for line in lines for x in line.xs]
     x_axis = Axis(*_range(xs, False, True, 0.0), LEFT, width - RIGHT)
     y_axis = Axis(*_range(ys, log, zero, 0.04), height - BOTTOM, TOP, log)
-    parts = [_grid(x_axis, y_axis, x_label, y_label, size)]
+    parts = [grid(x_axis, y_axis, x_label, y_label, size)]
     for x, label in events:
         at = x_axis(x)
         parts.append(
@@ -172,7 +172,8 @@ def _range(values: Sequence[float], log: bool, zero: bool, margin: float) -> tup
     return (low if zero else low - spread), high + spread
 
 
-def _grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, size: tuple[int, int]) -> Markup:
+def grid(x_axis: Axis, y_axis: Axis, x_label: str, y_label: str, size: tuple[int, int]) -> Markup:
+    """Lines, ticks and labels of both axes."""
     width, height = size
     parts = []
     for tick in y_axis.ticks():

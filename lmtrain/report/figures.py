@@ -73,15 +73,14 @@ def _loss(record: Record) -> Figure | None:
 
 
 def _source_loss(record: Record) -> Figure | None:
-    names = list(dict.fromkeys(key for row in record.steps for key in row if key.startswith("source_loss.")))
     lines: list[Line] = []
-    for number, key in enumerate(names):
-        xs, ys = _series(record.steps, _key(key))
-        curves = _raw_and_smooth(key.removeprefix("source_loss."), xs, ys, number) if xs else []
-        lines += curves if len(names) <= MOST_RAW else curves[1:]
-    if len(names) < 2 or not lines:
-        return None
+    for number, name in enumerate(record.source_names):
+        xs, ys = _series(record.steps, _key(f"source_loss.{name}"))
+        curves = _raw_and_smooth(name, xs, ys, number) if xs else []
+        lines += curves if len(record.source_names) <= MOST_RAW else curves[1:]
     ends = sorted((line.ys[-1], line.name) for line in lines if not line.faint)
+    if len(ends) < 2:
+        return None
     caption = f"Of the sources, {ends[0][1]} ends with the lowest loss, {significant(ends[0][0])} nats per token, "
     caption += f"and {ends[-1][1]} with the highest, {significant(ends[-1][0])}."
     svg = line_chart(lines, x_label="tokens", y_label="loss, nats per token")

@@ -14,6 +14,7 @@ from lmtrain import __version__
 from lmtrain.errors import StorageError
 from lmtrain.report import figures
 from lmtrain.report.experts import experts
+from lmtrain.report.mixture import mixture
 from lmtrain.report.pictures import pictures
 from lmtrain.report.record import Record, Row, read_record
 from lmtrain.report.words import Table, duration, listing, moment, quantity, significant, tables, value_text
@@ -69,6 +70,7 @@ def render_page(record: Record) -> str:
         headline=headline(record),
         tiles=_tiles(record),
         learning=figures.learning(record),
+        mixture=mixture(record),
         health=figures.health(record),
         experts=experts(record),
         evaluation=_evaluation(record.evaluation),

@@ -15,6 +15,7 @@ from lmtrain.checkpoint.storage import LocalStorage
 from lmtrain.config.load import load
 from lmtrain.config.recipe import Recipe
 from lmtrain.config.render import render
+from lmtrain.data.schedule import ScheduleLog
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import LmtrainError, UsageError, nearest
 from lmtrain.plan.dry_run import embedding_rows
@@ -42,6 +43,7 @@ class Record:
     summary: Row | None = None
     evaluation: Row | None = None
     export: Row | None = None
+    schedule: ScheduleLog | None = None
     recipe: Recipe | None = None
     recipe_text: str | None = None
     remarks: list[str] = field(default_factory=list)
@@ -68,6 +70,14 @@ class Record:
         except (LmtrainError, KeyError, OSError) as error:
             self.remarks.append(f"The size of the vocabulary is unknown: {error}")
         return given
+
+    @cached_property
+    def source_names(self) -> list[str]:
+        """In the order of their ids, which gives each its colour; last those that only the metrics know."""
+        named = list(self.recipe.data.sources) if self.recipe else []
+        named += [name for event in (self.schedule.events if self.schedule else ()) for name in event.sources]
+        seen = (key for row in self.steps for key in row if key.startswith("source_loss."))
+        return list(dict.fromkeys([*named, *(key.removeprefix("source_loss.") for key in seen)]))
 
     @cached_property
     def step_seconds(self) -> list[float | None]:
@@ -98,6 +108,7 @@ def read_record(run_dir: Path) -> Record:
     record.evaluation = _json(record, "evaluation.json")
     record.export = _json(record, "export/lmtrain_export.json")
     _read_recipe(record)
+    _read_schedule(record)
     return record
 
 
@@ -135,3 +146,13 @@ def _read_recipe(record: Record) -> None:
     except LmtrainError as error:
         record.remarks.append(f"recipe.yaml is shown as it is: {error}")
         record.recipe_text = redact(source.read_text(encoding="utf-8", errors="replace"))
+
+
+def _read_schedule(record: Record) -> None:
+    source = record.path / "schedule.jsonl"
+    if not source.exists():
+        return
+    try:
+        record.schedule = ScheduleLog.read(source)
+    except LmtrainError as error:
+        record.remarks.append(f"The mixture is left out: {error}")

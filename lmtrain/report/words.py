@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,11 +74,12 @@ def value_text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Table:
-    """Facts as text. ``columns`` is empty for rows of name and value."""
+    """Facts as text. ``columns`` is empty for rows of name and value. numbers: indices of columns set flush right."""
 
     title: str
     rows: list[list[str]]
     columns: list[str] = field(default_factory=list)
+    numbers: Sequence[int] = ()
 
 
 def tables(content: Mapping[str, Any], title: str = "") -> list[Table]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lmtrain.data.config import DataConfig
+from lmtrain.data.steps import Steps, check_ramp
 from lmtrain.engine.optimizer import OptimizerConfig
 
 
@@ -50,6 +52,8 @@ class TrainConfig:
     """Learning-rate schedule."""
     z_loss: float = 0.0
     """Weight of the squared log-partition of the output (PaLM uses 1e-4)."""
+    batch_ramp: list[tuple[int, int]] = field(default_factory=list)
+    """Ramp of the batch: pairs [tokens read, tokens per step] from 0 tokens on; the last size is batch_tokens."""
     max_skipped: int = 3
     """Non-finite steps in a row after which the run ends as unhealthy (exit 76)."""
     log_every: int = 1
@@ -66,6 +70,21 @@ class TrainConfig:
             raise ValueError(f"lr: must be positive, got {self.lr}")
         if self.z_loss < 0:
             raise ValueError(f"z_loss: must not be negative, got {self.z_loss}")
+        check_ramp("batch_ramp", self.batch_ramp, self.batch_tokens, "batch_tokens")
+
+    def schedule_of(self, data: DataConfig) -> Steps:
+        """Which blocks each step of the run reads."""
+        return Steps(
+            block_tokens=data.block_length,
+            batch_tokens=self.batch_tokens,
+            seq_len=data.seq_len,
+            batch_ramp=self.batch_ramp,
+            seq_lens=data.seq_lens,
+        )
+
+    def num_steps(self, data: DataConfig) -> int:
+        """Steps of the whole run."""
+        return self.steps if self.steps is not None else self.schedule_of(data).num_steps(self.tokens or 0)
 
 
 @dataclass(frozen=True)

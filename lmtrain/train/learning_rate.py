@@ -25,6 +25,13 @@ def learning_rate(cfg: ScheduleConfig, peak: float, tokens: int, total: int) -> 
     return peak * (cfg.min_ratio + (1 - cfg.min_ratio) * height)
 
 
+def phases(cfg: ScheduleConfig, total: int) -> dict[str, int]:
+    """The token at which each phase of wsd begins, in a run of ``total``: warmup, stable, decay; cosine has none."""
+    if cfg.kind != "wsd":
+        return {}
+    return {"warmup": 0, "stable": cfg.warmup_tokens, "decay": total - _decay_tokens(cfg, total)}
+
+
 def check(cfg: ScheduleConfig, total: int) -> None:
     """UsageError if the schedule does not fit a run of ``total`` tokens."""
     if not 0 <= cfg.min_ratio <= 1:

@@ -12,7 +12,8 @@ import torch
 
 from lmtrain.checkpoint.checkpointer import Checkpointer
 from lmtrain.data.heldout import Heldout
-from lmtrain.data.loader import Loader, StepData, token_hash
+from lmtrain.data.loader import Loader
+from lmtrain.data.reader import StepData, token_hash
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine.protocol import Engine, StepInfo
 from lmtrain.errors import EXIT_DONE, EXIT_STOPPED, LmtrainError
@@ -23,6 +24,7 @@ from lmtrain.train.guard import SkipGuard
 from lmtrain.train.hardware import memory_bytes
 from lmtrain.train.heldout_score import bits_per_byte
 from lmtrain.train.learning_rate import learning_rate
+from lmtrain.train.mixture import Mixture
 from lmtrain.train.recorder import Recorder
 from lmtrain.train.signals import StopRequest
 
@@ -31,11 +33,12 @@ SAMPLE_TEMPERATURE = 0.7
 
 @dataclass
 class Progress:
-    """Where a run stands; with the tensors of the engine, all that a resumed run needs."""
+    """Where a run stands; with the tensors of the engine and the schedule log, all that a resumed run needs."""
 
     step: int = 0
     tokens: int = 0
     guard: dict[str, Any] = field(default_factory=dict)
+    mixture: dict[str, Any] = field(default_factory=dict)
     evaluated: int = -1
 
 
@@ -43,15 +46,15 @@ class Progress:
 class Trainer:
     """Everything a run is made of, assembled by ``lmtrain.pretrain``. ``train`` returns the exit code.
 
-    recorder: rank 0's records and console; None on the other ranks. peak: FLOP/s of all devices together, or None.
-    unsaved: why there is no checkpoint of the newest save, if there is none.
+    recorder: rank 0's records and console; None on the other ranks. flops_per_token: by length of a row. peak: FLOP/s
+    of all devices together, or None. unsaved: why there is no checkpoint of the newest save, if there is none.
     """
 
     train_cfg: TrainConfig
     eval_cfg: EvalConfig
     save_every: int
     total_steps: int
-    flops_per_token: int
+    flops_per_token: Mapping[int, int]
     peak: float | None
     engine: Engine
     loader: Loader
@@ -59,7 +62,7 @@ class Trainer:
     tokenizer: Tokenizer
     rows: int
     checkpointer: Checkpointer
-    schedule: Mapping[str, Any]
+    mixture: Mixture
     mesh: Mesh
     device: torch.device
     stop: StopRequest
@@ -78,16 +81,21 @@ class Trainer:
         waiting = time.perf_counter()
         for data in self.loader.steps(self.progress.step, self.total_steps):
             wait = time.perf_counter() - waiting
+            schedule = self.loader.schedule
             lr = learning_rate(
                 self.train_cfg.schedule,
                 self.train_cfg.lr,
-                (data.step + 1) * self.train_cfg.batch_tokens,
-                self.total_steps * self.train_cfg.batch_tokens,
+                schedule.tokens(data.step + 1),
+                schedule.tokens(self.total_steps),
             )
             info = self._step(data, lr)
+            if info.flags[2]:
+                self.mixture.share()
+                self.engine.num_sources = len(self.loader.source_names)
             self.progress.step = data.step + 1
             self.progress.tokens += info.num_targets
             self._record(info, lr, wait)
+            self.mixture.observe(self.progress.step, info)
             guard.observe(self.progress.step, info.loss, info.skipped)
             self.progress.guard = guard.state_dict()
             stopped, save = bool(info.flags[0]), bool(info.flags[1])
@@ -115,7 +123,7 @@ class Trainer:
             stop, save = stop or self.recorder.folder.requested_stop(), self.recorder.folder.requested_save()
         mine = self.mesh.sequence_rank == 0  # all ranks of a row read the same blocks: one of them tells their hashes
         hashes = data.hashes if mine else torch.zeros_like(data.hashes)
-        flags = torch.cat([torch.tensor([int(stop), int(save)]), hashes.flatten()])
+        flags = torch.cat([torch.tensor([int(stop), int(save), int(self.mixture.grew)]), hashes.flatten()])
         batches = [batch.cut(self.mesh.sequence_rank, self.mesh.sp) for batch in data.micro_batches]
         return self.engine.train_step(batches, lr, flags)
 
@@ -123,26 +131,32 @@ class Trainer:
         if self.recorder is None:
             return
         seconds = wait + info.seconds
-        speed = self.train_cfg.batch_tokens / seconds
+        step, schedule = self.progress.step, self.loader.schedule
+        speed = (schedule.tokens(step) - schedule.tokens(step - 1)) / seconds
+        flops = self.flops_per_token[schedule.seq_len(step - 1)]
         values: dict[str, Any] = {
             "loss": info.loss,
             "grad_norm": info.grad_norm,
             "lr": lr,
             "tokens_per_second": speed,
-            "mfu": None if self.peak is None else speed * self.flops_per_token / self.peak,
+            "mfu": None if self.peak is None else speed * flops / self.peak,
             "memory_bytes": memory_bytes(self.device),
             "data_wait_seconds": wait,
-            "token_hash": token_hash(info.flags[2:].view(-1, 2)),
+            "token_hash": token_hash(info.flags[3:].view(-1, 2)),
         }
-        for name, (nats, targets) in zip(self.loader.source_names, info.source_loss.tolist(), strict=True):
+        # a source that came in this step has no losses yet
+        for name, (nats, targets) in zip(self.loader.source_names, info.source_loss.tolist(), strict=False):
             if targets:
                 values[f"source_loss.{name}"] = nats / targets
+        for name, tokens in self.loader.tokens_read(step).items():
+            values[f"source_tokens.{name}"] = tokens
+            values[f"source_epochs.{name}"] = tokens / self.loader.tokens_available[name]
         if info.router_load:
             values["branch_loss"] = info.branch_loss
             values |= {f"router_load.{place}": load.tolist() for place, load in info.router_load.items()}
         if info.skipped:
             values["skipped"] = info.skipped
-        self.recorder.step(self.progress.step, self.progress.tokens, values, seconds)
+        self.recorder.step(step, self.progress.tokens, values, seconds)
 
     def _evaluate(self) -> None:
         if self.heldout is None or not self.heldout.source_names or self.progress.evaluated == self.progress.step:
@@ -174,7 +188,8 @@ class Trainer:
             self.recorder.metrics.fsync()
         tensors, counters = self.engine.state_dict()
         loop = {"step": self.progress.step, "tokens": self.progress.tokens, "guard": self.progress.guard, **counters}
-        self.checkpointer.save(self.progress.step, tensors, {"loop": loop, "schedule": dict(self.schedule)})
+        documents = {"loop": loop, "schedule": self.mixture.state()}
+        self.checkpointer.save(self.progress.step, tensors, documents)
         if request and self.recorder:
             self.checkpointer.wait()
             self.recorder.folder.honoured("save")

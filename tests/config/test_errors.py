@@ -77,8 +77,8 @@ TABLE = [
     ("data: {sources: {code: 3}}", "", r".*data\.sources\.code: expected keys, got 3"),
     ("data: {sources: {on: {path: a}}}", "", r".*data\.sources\.True: a key must be a word; put quotes around it"),
     # missing
-    ("data: {sources: {b: {weight: 1}}}", "", r".*x\.yaml: data\.sources\.b\.path: missing \(str\): A folder .*"),
-    ("", "data.sources.b.weight=1", r".*command line: data\.sources\.b\.path: missing \(str\): A folder .*"),
+    ("data: {sources: {b: {weight: 1}}}", "", r".*x\.yaml: data\.sources\.b\.path: give a folder .*"),
+    ("", "data.sources.b.weight=1", r".*command line: data\.sources\.b\.path: give a folder .*"),
     ("model: {branches: {b: {kind: mlp}}}", "", r".*x\.yaml: model\.branches\.b\.d_ff: missing \(int\): .*"),
     # branches
     (

@@ -54,6 +54,12 @@ def test_integers_may_have_an_exponent(write: Write, text: str) -> None:
     assert type(on_the_line.tokens) is int
 
 
+def test_null_forgets_what_the_recipe_names(write: Write) -> None:
+    """Words hold in their order: first no source, then one."""
+    data = load(["recipe=small.yaml", "data.sources=null", "data.sources.other.path=x"]).recipe.data
+    assert list(data.sources) == ["other"]
+
+
 def test_float_keys_take_integers(write: Write) -> None:
     rate = load(["recipe=small.yaml", "train.lr=1"]).recipe.train.lr
     assert (rate, type(rate)) == (1.0, float)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lmtrain.data.manifest import Manifest, verify
-from lmtrain.data.schedule import Event, ScheduleLog
+from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
 from lmtrain.data.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError
@@ -41,15 +41,25 @@ def test_prepared_v1() -> None:
 
 def test_schedule_v1() -> None:
     assert ScheduleLog.read(FIXTURES / "schedule-v1.jsonl").events == (
-        Event(0, {"code": 45875, "docs": 19661}, "recipe", "data.sources.*.weight"),
-        Event(4096, {"code": 1, "docs": 3}, "user", "more documentation"),
+        Event(0, "recipe", "data.sources.*.weight", {"code": 45875, "docs": 19661}),
+        Event(4096, "user", "more documentation", {"code": 1, "docs": 3}),
+    )
+
+
+def test_schedule_v2() -> None:
+    news = AddedSource("data/news", "00112233445566778899aabbccddeeff")
+    assert ScheduleLog.read(FIXTURES / "schedule-v2.jsonl").events == (
+        Event(0, "recipe", "data.sources.*.weight", {"code": 45875, "docs": 19661}),
+        Event(4096, "user", "more documentation [control/mix.yaml 0123456789abcdef]", {"code": 1, "docs": 3}, step=60),
+        Event(4000, "user", "a loss spike", skip=128, step=61),
+        Event(5000, "policy", "", {"code": 1024, "docs": 2048, "news": 1024}, 0, {"news": news}, 70),
     )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format_version": 2}, "format_version 2, this version of lmtrain reads 1"),
+        ({"format_version": 3}, "format_version 3, this version of lmtrain reads 2"),
         ({"surprise": 1}, "not a manifest: .*surprise"),
         ({"files": [{"path": "train.bin"}]}, "not a manifest: .*missing"),
         ({"format_version": None}, "not a manifest"),

@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,14 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
-from lmtrain.data import ingest
+from lmtrain.data import ingest, reading
+from lmtrain.data.encoding import Encoded, Encoder, Marked
+from lmtrain.data.filters.exact import text_digest
+from lmtrain.data.filters.words import Known
 from lmtrain.data.ingest import PrepareConfig, prepare
 from lmtrain.data.manifest import Manifest, verify
-from lmtrain.data.overlap import overlap, shingles, text_digest
+from lmtrain.data.overlap import overlap, shingles
 from lmtrain.data.reading import SourceOptions
 from lmtrain.data.store import Store
-from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.data.tokenizer import EOD, Tokenizer
 from lmtrain.errors import DataError, StorageError, UsageError
 
 Write = Callable[..., str]
@@ -108,10 +113,11 @@ def test_near_duplicates_of_heldout_text_are_not_trained_on(
 
 def test_overlap_is_the_share_of_known_shingles(make_text: Text) -> None:
     text = make_text(1, 112)
-    known = np.sort(shingles(text))
-    assert len(known) == 100 and overlap(text, known) == 1.0 and overlap(make_text(2, 112), known) == 0.0
-    assert overlap(" ".join(text.split()[:62]) + " " + make_text(3, 50), known) == 0.5
-    assert overlap("few words", known) == 0.0 and overlap(text, known[:0]) == 0.0
+    known = Known(np.unique(shingles([text]).hashes))
+    half = " ".join(text.split()[:62]) + " " + make_text(3, 50)
+    assert len(known) == 100
+    assert overlap([text, make_text(2, 112), half, "few words", ""], known).tolist() == [1, 0, 0.5, 0, 0]
+    assert overlap([text], Known(known.hashes[:0])).tolist() == [0]
 
 
 def test_ids_keep_what_belongs_together_on_one_side(
@@ -197,7 +203,7 @@ def test_storage_trouble_is_one_line(
         raise OSError(28, "No space left on device", "out/x.bin")
 
     cfg = config(heldout=0.0, a=write_jsonl(tmp_path / "a.jsonl", [{"text": "words"}]))
-    monkeypatch.setattr(ingest, "_shuffle", full)
+    monkeypatch.setattr(ingest, "shuffle", full)
     with pytest.raises(StorageError, match=r"^out/x.bin: No space left on device$"):
         prepare(cfg)
     monkeypatch.undo()
@@ -207,13 +213,26 @@ def test_storage_trouble_is_one_line(
 
 KILLED = """
 import os, signal, sys
+from pathlib import Path
+from lmtrain.data import reading
 from lmtrain.data.ingest import PrepareConfig, prepare
+from lmtrain.data.manifest import verify
 from lmtrain.data.reading import SourceOptions
-out, tokenizer, text = sys.argv[1:]
-cfg = PrepareConfig(out, tokenizer, {"a": SourceOptions(text), "b": SourceOptions(text + "2")}, heldout=0.2)
-replace, fsync = os.replace, os.fsync
-for n in range(1000):
-    left = n
+root, tokenizer, text = sys.argv[1:]
+reading.CHUNK_BYTES, reading.CHUNKS_PER_SHARD = 100, 2
+def cfg(out): return PrepareConfig(out, tokenizer, {n: SourceOptions(f"{text}/{n}.jsonl") for n in "ab"}, heldout=0.2)
+def contents(out): return {str(p.relative_to(out)): p.read_bytes() for p in Path(out).rglob("*") if p.is_file()}
+def in_child(call):
+    child = os.fork()
+    if child == 0:
+        call()
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+replace, os.fsync = os.replace, lambda file: None  # a killed process loses nothing of what the system has
+whole = os.path.join(root, "whole")
+prepare(cfg(whole))
+for n in range(0, 1000, 3):
+    out, left = os.path.join(root, str(n)), n
     def countdown(call):
         def wrapped(*args):
             global left
@@ -221,30 +240,85 @@ for n in range(1000):
             left -= 1
             return call(*args)
         return wrapped
-    child = os.fork()
-    if child == 0:
-        os.replace, os.fsync = countdown(replace), countdown(fsync)
-        prepare(cfg)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
+    def killed():
+        os.replace, os.fsync = countdown(replace), countdown(os.fsync)
+        prepare(cfg(out))
+    status = in_child(killed)
     found = [name for name in ("a", "b") if os.path.exists(os.path.join(out, name))]
-    print(n, status, ",".join(found))
-    from lmtrain.data.manifest import verify
     for name in found: verify(os.path.join(out, name))
+    kept = len([*Path(out).glob(".partial/tokens/*.json")])
+    again = prepare(cfg(out))[1]
+    print(n, status, ",".join(found), kept, int(again), contents(out) == contents(whole), sep=" ")
     if status == 0: break
 """
 
 
-def test_a_kill_at_any_moment_leaves_nothing_half(
-    tmp_path: Path, prepared: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text
+def test_a_kill_at_any_moment_leaves_nothing_half_and_the_next_run_goes_on(
+    tmp_path: Path, prepared: Path, write_jsonl: Write, make_text: Text
 ) -> None:
-    path = write_jsonl(tmp_path / "t", [{"text": make_text(i, 10)} for i in range(9)])
-    write_jsonl(tmp_path / "t2", [{"text": make_text(50 + i, 10)} for i in range(9)])
-    arguments = [str(tmp_path / "out"), str(prepared / "tokenizer.json"), path]
+    for seed, name in ((0, "a"), (50, "b")):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"text": make_text(seed + i, 10)} for i in range(9)])
+    arguments = [str(tmp_path), str(prepared / "tokenizer.json"), str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=environment, check=True
-    )
+    run = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
     lines = [line.split(" ") for line in run.stdout.splitlines()]
-    assert len(lines) > 30 and lines[-1][1:] == ["0", "a,b"] and {line[2] for line in lines} >= {"", "a", "a,b"}
-    assert not (tmp_path / "out" / ".partial").exists() and (tmp_path / "out" / "tokenizer.json").exists()
+    assert len(lines) > 20 and lines[-1][1:4] == ["0", "a,b", "0"] and {line[2] for line in lines} >= {"", "a", "a,b"}
+    assert all(line[-1] == "True" for line in lines)  # to the byte as if it had not been killed
+    assert max(int(line[3]) for line in lines) >= 6  # of which shards were there already
+
+
+def test_finished_shards_are_not_tokenized_again(
+    tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 1000)
+    monkeypatch.setattr(reading, "CHUNKS_PER_SHARD", 1)
+    cfg = config(a=write_jsonl(tmp_path / "a.jsonl", [{"text": make_text(i, 60)} for i in range(60)]))
+    seen: list[int] = []
+    call = Encoder.__call__
+
+    def counted(self: Encoder, task: Marked) -> Encoded:
+        if len(seen) == 10:
+            raise OSError(28, "No space left on device", "x")
+        seen.append(task.chunk.first)
+        return call(self, task)
+
+    monkeypatch.setattr(Encoder, "__call__", counted)
+    with pytest.raises(StorageError, match="No space left"):
+        prepare(cfg)
+    monkeypatch.setattr(Encoder, "__call__", lambda self, task: seen.append(task.chunk.first) or call(self, task))
+    prepare(cfg)
+    assert len(set(seen)) > 14 and len(seen) <= len(set(seen)) + 1
+    whole = dataclasses.replace(cfg, out=str(tmp_path / "whole"))
+    prepare(whole)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line_and_room_is_all_it_takes(
+    tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, make_text: Text
+) -> None:
+    cfg = config(a=write_jsonl(tmp_path / "a.jsonl", [{"text": make_text(i, 3000)} for i in range(10)]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (10, 2000, 30_000):  # bytes a file may have: the note of the inputs, the survey, the tokens
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            with pytest.raises(StorageError, match="File too large") as error:
+                prepare(cfg)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert "\n" not in str(error.value) and not (tmp_path / "out" / "a").exists()
+    prepare(cfg)
+    verify(tmp_path / "out" / "a")
+
+
+def test_a_vocabulary_beyond_uint16_gets_int32(tmp_path: Path, write_jsonl: Write) -> None:
+    vocab = {f"w{i}": i for i in range(70_000)} | {EOD: 70_000}
+    engine = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="w0"))
+    engine.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    engine.add_special_tokens([EOD])
+    engine.save(str(tmp_path / "tokenizer.json"))
+    sources = {"a": SourceOptions(write_jsonl(tmp_path / "a.jsonl", [{"text": "w69999 w1"}]))}
+    prepare(PrepareConfig(str(tmp_path / "out"), str(tmp_path / "tokenizer.json"), sources, heldout=0.0))
+    store = Store(tmp_path / "out" / "a" / "train")
+    assert store.dtype == np.int32 and store.document(0).tolist() == [69_999, 1, 70_000]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from hypothesis import strategies as st
 
 from lmtrain.data.batch import IGNORE
 from lmtrain.data.config import DataConfig, SourceConfig
-from lmtrain.data.loader import Loader, StepData, token_hash
-from lmtrain.data.schedule import ScheduleLog
-from lmtrain.data.sources import check_sources
+from lmtrain.data.loader import Loader
+from lmtrain.data.reader import StepData, token_hash
+from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
+from lmtrain.data.sources import check_sources, content_digest
 from lmtrain.data.store import Store, StoreWriter
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, UsageError
@@ -24,17 +27,26 @@ from lmtrain.errors import DataError, UsageError
 Config = Callable[..., DataConfig]
 
 
-def loader(cfg: DataConfig, **changes: int) -> Loader:
-    log = ScheduleLog.fixed({name: source.weight for name, source in cfg.sources.items()})
-    given = {"seed": 5, "batch_tokens": 1024, "microbatch": 1, "dp_rank": 0, "dp_size": 1, **changes}
-    return Loader(cfg, log=log, **given)  # type: ignore[arg-type]
+def loader(cfg: DataConfig, events: Sequence[Event] = (), **changes: Any) -> Loader:
+    weights = {name: source.weight for name, source in cfg.sources.items()}
+    log = ScheduleLog((*ScheduleLog.fixed(weights).events, *events))
+    return Loader(
+        cfg, log=log, **{"seed": 5, "batch_tokens": 1024, "microbatch": 1, "dp_rank": 0, "dp_size": 1, **changes}
+    )
 
 
-def hashes(cfg: DataConfig, ranks: int, steps: range, **changes: int) -> list[str]:
-    """Token hash per step, from all ranks together."""
+def hashes(
+    cfg: DataConfig, ranks: int, steps: range, growth: Mapping[int, Event] | None = None, **changes: Any
+) -> list[str]:
+    """Token hash per step, from all ranks together. growth: events that the ranks hear of while they hold a step."""
     loaders = [loader(cfg, dp_rank=rank, dp_size=ranks, **changes) for rank in range(ranks)]
     readers = [each.steps(steps.start, steps.stop) for each in loaders]
-    return [token_hash(torch.stack([data.hashes for data in row]).sum(dim=0)) for row in zip(*readers, strict=True)]
+    found = []
+    for row in zip(*readers, strict=True):
+        found.append(token_hash(torch.stack([data.hashes for data in row]).sum(dim=0)))
+        for each in loaders:
+            each.extend([growth[row[0].step]] if growth and row[0].step in growth else [])
+    return found
 
 
 def test_any_number_of_ranks_and_any_microbatch_read_the_same(data_config: Config) -> None:
@@ -44,6 +56,94 @@ def test_any_number_of_ranks_and_any_microbatch_read_the_same(data_config: Confi
     for ranks, microbatch in ((1, 4), (2, 1), (2, 8), (8, 2)):
         assert hashes(cfg, ranks, range(0, 12), microbatch=microbatch) == expected
     assert hashes(cfg, 2, range(5, 9)) == expected[5:9]  # a resumed run
+
+
+@pytest.fixture(scope="session")
+def news(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> AddedSource:
+    """A source that is not in any recipe."""
+    vocab = Tokenizer.load(prepared / "tokenizer.json").vocab_size
+    prefix = tmp_path_factory.mktemp("news") / "news"
+    with StoreWriter(prefix, vocab) as writer:
+        for n in range(40):
+            writer.add(np.random.default_rng(n).integers(0, vocab, 200))
+    return AddedSource(str(prefix), content_digest(str(prefix)))
+
+
+def growth_of(news: AddedSource, ramp: bool) -> dict[int, Event]:
+    """Step -> the event all ranks hear of while they hold it; two workers read five steps ahead."""
+    last = 16 if ramp else 64  # blocks of a step
+    return {
+        0: Event(6 * last, "user", "", {"code": 1, "docs": 5}),
+        1: Event(6 * last + 3, "user", "", skip=70),
+        3: Event(9 * last, "policy", "", {"news": 2, "docs": 1}, 5, {"news": news}),
+        5: Event(11 * last + 1, "user", "", {"news": 1, "rare": 1, "code": 1}),
+    }
+
+
+def test_the_log_grows_and_any_ranks_and_workers_read_the_same(data_config: Config, news: AddedSource) -> None:
+    cfg = data_config()
+    growth = growth_of(news, ramp=False)
+    sizes = {"batch_tokens": 64 * 64, "workers": 0}
+    expected = hashes(cfg, 1, range(14), growth, **sizes)
+    assert len(set(expected)) == 14
+    for ranks in (2, 64):
+        assert hashes(cfg, ranks, range(14), growth, **sizes) == expected
+    assert hashes(cfg, 1, range(14), growth, **(sizes | {"workers": 2})) == expected
+    for first in (0, 7, 13):  # resumed, with all events there from the start
+        assert hashes(cfg, 4, range(first, 14), events=list(growth.values()), **sizes) == expected[first:]
+
+
+def test_seven_ranks_a_ramp_and_shorter_rows(data_config: Config, news: AddedSource) -> None:
+    ramp = [(0, 14 * 64), (5000, 28 * 64)]
+    cfg = data_config(seq_lens=[(0, 16), (4000, 32), (9000, 64)])
+    events = list(growth_of(news, ramp=True).values())
+    sizes: dict[str, Any] = {"batch_tokens": 28 * 64, "batch_ramp": ramp, "events": events}
+    expected = hashes(data_config(), 1, range(12), **sizes)
+    assert hashes(cfg, 7, range(12), **sizes) == expected and hashes(cfg, 1, range(5, 12), **sizes) == expected[5:]
+    shapes, blocks = [], []
+    for data in loader(cfg, microbatch=2, **sizes).steps(0, 12):
+        shapes.append(data.micro_batches[0].tokens.shape)
+        blocks += [int(k) for batch in data.micro_batches for k in dict.fromkeys(batch.block.tolist())]
+    assert shapes == [(8, 16)] * 5 + [(4, 32)] * 4 + [(2, 64)] * 3
+    assert blocks == list(range(6 * 14 + 6 * 28))
+    with pytest.raises(UsageError, match=r"train.batch_ramp 896 is not a multiple of 1024 .*; nearest: 1024"):
+        loader(cfg, dp_size=16, **(sizes | {"batch_tokens": 2048, "batch_ramp": [(0, 896), (9, 2048)]}))
+
+
+def test_an_event_for_what_is_being_read_is_refused(data_config: Config, news: AddedSource) -> None:
+    reader = loader(data_config(), workers=1)
+    assert reader.lead == 3
+    steps = reader.steps(0, 9)
+    try:
+        next(steps)
+        soon = reader.schedule.first_block(reader.lead)
+        for refuse in (reader.admit, lambda event, stop: reader.extend([event])):
+            with pytest.raises(UsageError, match=rf"at block {soon - 1} comes too late: blocks up to {soon} are being"):
+                refuse(Event(soon - 1, "user", "", {"code": 1}), None)
+        before = reader.sampler.get(np.arange(500))
+        reader.admit(Event(soon, "user", "", {"news": 1}, 7, {"news": news}), None)
+        assert reader.source_names == ["code", "docs", "rare"]
+        assert all(np.array_equal(a, b) for a, b in zip(reader.sampler.get(np.arange(500)), before, strict=True))
+        reader.extend([Event(soon, "user", "", {"news": 1}, 7, {"news": news})])
+        # the two steps that were planned already, then the first that knows
+        read = [int(batch.source[0, 0]) for _ in range(3) for batch in next(steps).micro_batches]
+        assert 3 not in read[:32] and set(read[32:]) == {3}
+    finally:
+        steps.close()  # type: ignore[attr-defined]
+
+
+def test_sources_that_cannot_be_added(data_config: Config, news: AddedSource) -> None:
+    reader = loader(data_config(max_epochs=4))
+    for event, error, message in [
+        (Event(99, "user", "", sources={"code": news}), UsageError, "adds source code, which there is"),
+        (Event(99, "user", "", sources={"n": replace(news, digest="00")}), DataError, r"news: the content differs"),
+        (Event(99, "user", "", sources={"n": replace(news, path="gone")}), DataError, r"gone.idx: No such file"),
+        (Event(99, "user", "", {"nws": 1}, 0, {"news": news}), UsageError, r"names source nws.*did you mean news\?"),
+        (Event(99, "user", "", {"news": 1}, 0, {"news": news}), UsageError, r"news: the run needs .* is 4\)"),
+    ]:
+        with pytest.raises(error, match=message):
+            reader.admit(event, 100)
+        assert reader.source_names == ["code", "docs", "rare"] and reader.log_length == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -115,6 +215,33 @@ def test_a_new_source_keeps_the_order_of_the_others(data_config: Config) -> None
     assert before[: len(after)] == after and len(after) > 20
 
 
+def numbers(seed: int, index: int, *, most: int) -> list[int]:
+    """A synthetic source: a document of 2 to ``most`` tokens."""
+    return [index % 7, *range(1, 2 + (seed + index) % (most - 1))]
+
+
+def test_packed_and_synthetic_sources_are_sources_like_others(data_config: Config) -> None:
+    plain = data_config({"docs": 1.0, "code": 1.0}, packing="unpacked")
+    made = SourceConfig(weight=2.0, synthetic=f"{__name__}:numbers", arguments={"most": 9})
+    cfg = replace(plain, sources={"made": made, **plain.sources})
+    sizes = {"batch_tokens": 64 * 32}
+    expected = hashes(cfg, 1, range(3), **sizes)
+    assert hashes(cfg, 4, range(3), **sizes) == expected == hashes(cfg, 1, range(3), workers=1, **sizes)
+    reader = loader(cfg, microbatch=32, **sizes)
+    assert reader.source_names == ["made", "docs", "code"]
+    for data in reader.steps(0, 2):
+        (batch,) = data.micro_batches
+        source, window, _ = reader.sampler.get(batch.block.numpy())
+        for row in range(32):
+            block = reader.catalog.blocks[reader.source_names[source[row]]].block(int(window[row]))
+            real = np.ones(65, dtype=bool) if block.real is None else block.real
+            may = real if block.target is None else real & block.target
+            labels = np.where((block.ids[1:] == block.ids[:-1]) & may[1:], block.tokens[1:], IGNORE)
+            assert batch.labels[row].tolist() == labels.tolist()
+            assert batch.tokens[row].tolist() == block.tokens[:64].tolist()
+            assert (labels != IGNORE).sum() == real.sum() - 1 if source[row] else len(np.unique(block.ids)) > 6
+
+
 def test_lengths_that_do_not_divide_name_the_nearest(data_config: Config) -> None:
     for changes, sizes, message in [
         ({}, {"batch_tokens": 1000}, r"train.batch_tokens 1000 is not a multiple of 64 .*; nearest: 1024"),
@@ -126,10 +253,16 @@ def test_lengths_that_do_not_divide_name_the_nearest(data_config: Config) -> Non
 
 
 def test_epochs_are_limited(data_config: Config) -> None:
-    reader = loader(data_config(max_epochs=1.5))
-    reader.check(1)
-    with pytest.raises(UsageError, match=r"1000 steps need [\d,]+ tokens, it has [\d,]+ \([\d.]+ epochs, .* is 1.5\)"):
-        next(iter(reader.steps(0, 1000)))
+    reader = loader(data_config(max_epochs=9))
+    assert reader.check(1) == []
+    often = next(steps for steps in range(1, 1000) if max(epochs(reader, steps)) > 4)
+    assert any("is read 4." in warning for warning in reader.check(often)) and reader.check(often - 1) == []
+    with pytest.raises(UsageError, match=r"needs [\d,]+ tokens, it has [\d,]+ \([\d.]+ epochs, .* is 9\)"):
+        reader.check(1000)
+
+
+def epochs(reader: Loader, steps: int) -> list[float]:
+    return [tokens / reader.tokens_available[name] for name, tokens in reader.tokens_read(steps).items()]
 
 
 def copy_of(prepared: Path, tmp_path: Path, cfg: DataConfig) -> DataConfig:
@@ -190,7 +323,7 @@ def test_a_foreign_pair_is_read_without_a_manifest(
         writer.add(np.arange(vocab + 5))
     with pytest.raises(DataError, match=rf"token id {vocab} at token {vocab} of document 0"):
         loader(cfg, batch_tokens=50)
-    with pytest.raises(DataError, match=r"325 tokens, one block needs 1,001"):
+    with pytest.raises(DataError, match=r"mine: has less than one block, which needs 1,001 tokens"):
         with StoreWriter(tmp_path / "mine", 60000) as writer:
             writer.add(np.zeros(325, dtype=np.int32))
         loader(DataConfig(cfg.tokenizer, 1000, cfg.sources), batch_tokens=1000)

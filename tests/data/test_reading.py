@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from lmtrain.data.reading import SourceOptions, inputs_digest, read_documents
+from lmtrain.data import reading
+from lmtrain.data.reading import SourceOptions, inputs_digest, read_chunks, read_documents
 from lmtrain.errors import DataError
 
 ROWS = [{"text": "one", "id": "a", "n": 1}, {"text": "zw\u00f6lf", "id": "b", "n": 2}]
@@ -113,3 +115,44 @@ def test_digest_sees_names_and_contents(tmp_path: Path) -> None:
     second = inputs_digest(SourceOptions(str(tmp_path)))
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     assert len({first, second, inputs_digest(SourceOptions(str(tmp_path)))}) == 3
+
+
+def test_a_document_that_is_a_corpus_is_refused_before_it_is_read(
+    tmp_path: Path, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "MAX_DOCUMENT_BYTES", 1000)
+    (tmp_path / "big.txt").write_bytes(b"x" * 1001)
+    monkeypatch.setattr(Path, "read_bytes", lambda path: pytest.fail("read"))
+    with pytest.raises(DataError, match=r"big.txt: a document of more than 1,000 bytes; split it"):
+        read(tmp_path / "big.txt")
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b" * 2000}])
+    with pytest.raises(DataError, match=r"x.jsonl:2: a document of more than 1,000 bytes"):
+        read(path)
+    (tmp_path / "sparse.txt").touch()
+    os.truncate(tmp_path / "sparse.txt", 1 << 30)
+    with pytest.raises(DataError, match=r"sparse.txt: a document of more than"):
+        read(tmp_path / "sparse.txt")
+
+
+def test_a_damaged_archive_names_itself(tmp_path: Path) -> None:
+    whole = gzip.compress(b"".join(json.dumps({"text": str(i) * 50}).encode() + b"\n" for i in range(500)))
+    for name, data in (
+        ("cut.jsonl.gz", whole[:-20]),
+        ("no.jsonl.gz", b"plain"),
+        ("bad.jsonl.gz", whole[:60] + b"!!!" * 9),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match=f"{name}: not readable as gzip"):
+            read(tmp_path / name)
+
+
+def test_chunks_and_shards_depend_on_the_text_alone(
+    tmp_path: Path, write_jsonl: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading, "CHUNK_BYTES", 60)
+    monkeypatch.setattr(reading, "CHUNKS_PER_SHARD", 2)
+    path = write_jsonl(tmp_path / "x.jsonl", [{"text": "x" * size} for size in (4, 6, 30, 1, 2, 3, 4, 5)])
+    chunks = list(read_chunks("a", SourceOptions(path)))
+    texts = [[len(document.text) for document in chunk.documents()] for chunk in chunks]
+    assert [(chunk.shard, chunk.first) for chunk in chunks] == [(0, 0), (0, 3), (1, 7)]
+    assert texts == [[4, 6, 30], [1, 2, 3, 4], [5]]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from random import Random
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from lmtrain.data.permutation import permute
 from lmtrain.data.sampler import Sampler, balanced_word
-from lmtrain.data.schedule import Event, ScheduleLog
+from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
 from lmtrain.errors import UsageError
 
 KEY = np.uint64(0x0123456789ABCDEF)
 GOLDEN_SOURCES = "cbcbcbcbcbcaccaccacc"
 GOLDEN_WINDOWS = [3, 41, 6, 34, 5, 10, 2, 6, 0, 12, 1, 91, 4, 1, 7, 4, 0, 96, 5, 6]
 GOLDEN_EPOCHS = [68, 7, 68, 7, 68, 7, 68, 7, 68, 7, 68, 0, 68, 69, 0, 69, 69, 0, 69, 69]
+SKIPPING_SOURCES = "cbcbcbcbcbcaccacbccc"
+SKIPPING_WINDOWS = [3, 41, 6, 34, 5, 56, 2, 52, 5, 54, 3, 91, 5, 0, 7, 4, 55, 1, 2, 3]
 MIXED_SOURCES = [0, 1, 0, 0, 0, 0]
 MIXED_WINDOWS = [81623, 4724, 51250, 755677, 941920, 894184]
 
@@ -69,7 +75,7 @@ def test_every_prefix_of_the_word_holds_its_share(weights: list[int]) -> None:
 
 
 def log_of(*events: tuple[int, dict[str, int]]) -> ScheduleLog:
-    return ScheduleLog(tuple(Event(first, weights, "recipe", "") for first, weights in events))
+    return ScheduleLog(tuple(Event(first, "recipe", "", weights) for first, weights in events))
 
 
 STAGES = log_of((0, {"a": 3, "b": 2}), (37, {"b": 1, "c": 1}), (1000, {"a": 5, "b": 1, "c": 10}))
@@ -121,12 +127,120 @@ def test_names_and_seeds_decide() -> None:
     assert Sampler(-1, log, {"a": 1000}).get(np.arange(20))[1].tolist() != first
 
 
+class Read(NamedTuple):
+    """A schedule drawn by hypothesis, its sampler, and what its first samples read."""
+
+    events: list[Event]
+    sampler: Sampler
+    source: NDArray[np.int32]
+    window: NDArray[np.int64]
+    epoch: NDArray[np.int64]
+
+
+@st.composite
+def schedules(draw: st.DrawFn) -> Read:
+    """Up to 6 events in any order after the recipe's, some at one block, each of any kind; sources a, b, then c, d."""
+    sizes = draw(st.lists(st.integers(1, 90), min_size=4, max_size=4))
+    windows = dict(zip("abcd", sizes, strict=True))
+    shares = st.integers(0, 40)
+    events = [Event(0, "recipe", "", {"a": draw(st.integers(1, 9)), "b": draw(st.integers(1, 9))})]
+    known = "ab"
+    for _ in range(draw(st.integers(0, 6))):
+        first, kind = draw(st.integers(0, 700)), draw(st.sampled_from(["mix", "skip", "add", "all"]))
+        sources = {}
+        if kind in ("add", "all") and len(known) < 4:
+            sources = {"abcd"[len(known)]: AddedSource("", "")}
+            known = "abcd"[: len(known) + 1]
+        weights = {name: share for name in known if (share := draw(shares))} if kind in ("mix", "all") else {}
+        skip = draw(st.integers(1, 150)) if kind in ("skip", "all") else 0
+        if weights or skip or sources:
+            events.append(Event(first, "user", "", weights, skip, sources))
+    sampler = Sampler(draw(st.integers(0, 2**70)), ScheduleLog(events), {name: windows[name] for name in known})
+    return Read(events, sampler, *sampler.get(np.arange(900)))
+
+
+@settings(max_examples=120, deadline=None)
+@given(schedules())
+def test_shares_are_exact_between_any_events(read: Read) -> None:
+    ordered = sorted(read.events, key=lambda event: event.first_block)
+    stops = [event.first_block for event in ordered[1:]] + [900]
+    weights: dict[str, int] = {}
+    for event, stop in zip(ordered, stops, strict=True):
+        weights = event.weights or weights
+        source = read.source[event.first_block : stop]
+        for i, name in enumerate(read.sampler.names):
+            share = weights.get(name, 0) / sum(weights.values())
+            error = np.cumsum(source == i) - np.arange(1, len(source) + 1) * share
+            # a stage opened by a skip begins inside the word: its count is a difference of two that are exact to 1
+            assert np.abs(error).max(initial=0) < (2 if not event.weights else 1)
+            if len(source):
+                assert read.sampler.shares(event.first_block)[name] == pytest.approx(share)
+
+
+@settings(max_examples=120, deadline=None)
+@given(schedules())
+def test_every_block_at_most_once_per_epoch_and_all_if_nothing_is_skipped(read: Read) -> None:
+    skipped = any(event.skip for event in read.events)
+    for d, (name, size) in enumerate(read.sampler.windows.items()):
+        mine, epochs = read.window[read.source == d], read.epoch[read.source == d]
+        assert (np.diff(epochs) >= 0).all()
+        for e in np.unique(epochs):
+            once = mine[epochs == e]
+            assert len(np.unique(once)) == len(once) <= size
+            if not skipped and e < epochs.max():
+                assert len(once) == size
+        consumed = read.sampler.counts(900)[name]
+        assert consumed >= len(mine) and (skipped or consumed == len(mine))
+        assert not len(epochs) or consumed > epochs.max() * size
+    due = sum(event.skip for event in read.events if event.first_block <= 900)
+    assert sum(read.sampler.counts(900).values()) == 900 + due
+
+
+@settings(max_examples=80, deadline=None)
+@given(schedules(), st.randoms(use_true_random=False))
+def test_a_log_that_grows_reads_as_the_whole_one(read: Read, random: Random) -> None:
+    grown = Sampler(read.sampler.seed, ScheduleLog(read.events[:1]), {n: read.sampler.windows[n] for n in "ab"})
+    for event in read.events[1:]:
+        before = grown.get(np.arange(event.first_block))
+        trial = grown.copy()
+        new = {name: read.sampler.windows[name] for name in event.sources}
+        grown.extend([event], new)
+        for part, same in zip(grown.get(np.arange(event.first_block)), before, strict=True):
+            assert np.array_equal(part, same)
+        trial.extend([event], new)
+    ks = np.array(random.sample(range(900), 100))
+    for ours in (grown, grown.copy()):
+        for part, whole in zip(ours.get(ks), (read.source, read.window, read.epoch), strict=True):
+            assert np.array_equal(part, whole[ks])
+
+
+def test_a_skip_reads_what_came_later() -> None:
+    plain = Sampler(3, STAGES, WINDOWS)
+    skips = ScheduleLog((*STAGES.events, Event(50, "user", "", skip=13), Event(60, "user", "", skip=2)))
+    skipping = Sampler(3, skips, WINDOWS)
+    for part, other in zip(skipping.get(np.arange(900)), plain.get(np.arange(930)), strict=True):
+        assert np.array_equal(part, np.concatenate([other[:50], other[63:73], other[75:915]]))
+
+
+def test_a_refused_event_changes_nothing() -> None:
+    sampler = Sampler(3, STAGES, WINDOWS)
+    before = sampler.get(np.arange(2000))
+    for weights, new, message in [({"d": 1}, {}, "unknown source d"), ({"d": 1}, {"d": 0}, "d has no whole block")]:
+        with pytest.raises(UsageError, match=message):
+            sampler.extend([Event(100, "user", "", weights)], new)
+    assert sampler.names == ["a", "b", "c"]
+    assert all(np.array_equal(a, b) for a, b in zip(sampler.get(np.arange(2000)), before, strict=True))
+
+
 def test_sample_ten_to_the_twelve() -> None:
     sampler = Sampler(3, STAGES, {"a": 10**9, "b": 10**9 + 7, "c": 12345})
     source, window, epoch = sampler.get(np.array([10**12]))
     name = sampler.names[source[0]]
     assert sampler.counts(10**12)[name] // sampler.windows[name] == epoch[0] > 0
     assert 0 <= window[0] < sampler.windows[name] and sum(sampler.counts(10**12).values()) == 10**12
+    sampler.extend([Event(10**12 - 5, "user", "", skip=10**12), Event(10**12, "user", "", {"a": 7, "b": 1})], {})
+    source, window, epoch = sampler.get(np.array([10**12 - 1, 3 * 10**12]))
+    assert (epoch > 0).all() and sum(sampler.counts(3 * 10**12).values()) == 4 * 10**12
 
 
 def test_schedule_and_sources_must_agree() -> None:
@@ -145,3 +259,7 @@ def test_golden_order() -> None:
     mixed = Sampler(7, ScheduleLog.fixed({"x": 0.7, "y": 0.3}), {"x": 10**6, "y": 10**5})
     source, window, _ = mixed.get(np.array([0, 1, 2, 3, 10**6, 10**9]))
     assert source.tolist() == MIXED_SOURCES and window.tolist() == MIXED_WINDOWS
+    skips = ScheduleLog((*STAGES.events, Event(995, "user", "", skip=100), Event(1005, "user", "", {"b": 1, "c": 3})))
+    source, window, _ = Sampler(3, skips, WINDOWS).get(np.arange(990, 1010))
+    assert "".join("abc"[d] for d in source) == SKIPPING_SOURCES
+    assert window.tolist() == SKIPPING_WINDOWS

@@ -1,14 +1,16 @@
-"""The schedule log: integer weights, appending, reading back, torn and damaged lines."""
+"""The schedule log: integer weights, appending, reading back, forking, torn and damaged lines."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.data.schedule import Event, ScheduleLog, integer_weights
+from lmtrain.data.schedule import AddedSource, Event, ScheduleLog, event_line, parse_event
+from lmtrain.data.weights import COARSE_PERIOD, integer_weights
 from lmtrain.errors import DataError, UsageError
 
 
@@ -26,6 +28,7 @@ def test_integer_weights_sum_to_the_period_and_are_near(weights: list[float]) ->
 
 def test_weights_that_cannot_be() -> None:
     assert integer_weights({"a": 1, "b": 0, "c": 3}) == {"a": 16384, "c": 49152}
+    assert integer_weights({"a": 1e-9, "b": 1}, COARSE_PERIOD) == {"a": 1, "b": 4095}
     for weights, message in [
         ({"a": -0.3}, "data.sources.a.weight: must be a finite number >= 0, got -0.3"),
         ({"a": float("nan")}, "got nan"),
@@ -36,20 +39,68 @@ def test_weights_that_cannot_be() -> None:
             integer_weights(weights)
 
 
+NEWS = AddedSource("data/news", "ab" * 16)
+
+
 def test_open_append_read(tmp_path: Path) -> None:
     path = tmp_path / "schedule.jsonl"
     log = ScheduleLog.open(path, {"code": 3, "docs": 1})
-    log.append(Event(100, {"code": 1, "docs": 1}, "user", "more docs"))
+    log.append(Event(100, "user", "more docs", {"code": 1, "docs": 1}, step=7))
+    log.append(Event(90, "user", "a loss spike", skip=12, step=8))
+    log.append(Event(100, "policy", "", {"news": 1}, sources={"news": NEWS}))
     again = ScheduleLog.read(path)
-    assert again.events == log.events and len(again.events) == 2
+    assert again.events == log.events and len(again.events) == 4
     assert ScheduleLog.open(path, {"docs": 2, "code": 6}).events == log.events
     assert ScheduleLog.fixed({"code": 3, "docs": 1}).events == log.events[:1]
     with pytest.raises(UsageError, match=r"this run began with weights .* the recipe now gives"):
         ScheduleLog.open(path, {"code": 1, "docs": 1})
-    with pytest.raises(ValueError, match="block 100 is not after block 100"):
-        log.append(Event(100, {"code": 1}, "user", ""))
-    with pytest.raises(ValueError, match="positive"):
-        log.append(Event(200, {"code": 0}, "user", ""))
+
+
+@pytest.mark.parametrize(
+    ("event", "message"),
+    [
+        (Event(200, "user", "", {"code": 0}), "positive"),
+        (Event(-1, "user", "", {"code": 1}), "first_block must not be negative, got -1"),
+        (Event(200, "user", "", skip=-1), "skip must not be negative, got -1"),
+        (Event(200, "user", ""), "must change weights, skip blocks or add sources"),
+        (Event(200, "user", "", sources={"news": NEWS}), "source news was added before"),
+    ],
+)
+def test_events_that_cannot_be(tmp_path: Path, event: Event, message: str) -> None:
+    path = tmp_path / "schedule.jsonl"
+    log = ScheduleLog.open(path, {"code": 3})
+    log.append(Event(10, "user", "", sources={"news": NEWS}))
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        log.append(event)
+    assert path.read_bytes() == before and len(log.events) == 2
+
+
+NAMES = st.dictionaries(st.text("abcdef_", min_size=1, max_size=8), st.integers(1, 1 << 18), max_size=4)
+
+
+@given(st.integers(0, 10**15), st.text(max_size=20), NAMES, st.integers(0, 10**12), NAMES, st.integers(0, 10**9))
+def test_a_line_says_all_of_an_event(
+    first: int, reason: str, weights: dict[str, int], skip: int, sources: dict[str, int], step: int
+) -> None:
+    added = {name: AddedSource(f"data/{name}", f"{digest:x}") for name, digest in sources.items()}
+    event = Event(first, "user", reason, weights, skip, added, step)
+    line = event_line(event)
+    assert line.count(b"\n") == 1 and line.endswith(b"\n") and parse_event(json.loads(line)) == event
+
+
+def test_fork_forgets_later_events_and_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.jsonl"
+    log = ScheduleLog.open(path, {"code": 3, "docs": 1})
+    for block in (10, 20, 30):
+        log.append(Event(block, "user", "", {"code": block}))
+    before = path.read_bytes()
+    log.fork(2, tmp_path / "schedule-2.jsonl")
+    assert (tmp_path / "schedule-2.jsonl").read_bytes() == before
+    log.append(Event(15, "user", "other", {"docs": 1}))
+    assert ScheduleLog.read(path).events == log.events and [e.first_block for e in log.events] == [0, 10, 15]
+    with pytest.raises(FileExistsError):
+        log.fork(1, tmp_path / "schedule-2.jsonl")
 
 
 def test_torn_last_line_is_ignored_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -59,7 +110,7 @@ def test_torn_last_line_is_ignored_and_replaced(tmp_path: Path, caplog: pytest.L
     path.write_bytes(whole + whole[:-1])  # even one that parses: without its newline it was never acknowledged
     log = ScheduleLog.read(path)
     assert len(log.events) == 1 and "torn last line" in caplog.text
-    log.append(Event(5, {"a": 2}, "user", ""))
+    log.append(Event(5, "user", "", {"a": 2}))
     assert len(path.read_bytes().splitlines()) == 2 and ScheduleLog.read(path).events == log.events
     path.write_bytes(whole[:10])
     assert len(ScheduleLog.open(path, {"a": 1}).events) == 1 and path.read_bytes() == whole
@@ -69,9 +120,12 @@ def test_torn_last_line_is_ignored_and_replaced(tmp_path: Path, caplog: pytest.L
     ("change", "message"),
     [
         ((b"{", b"["), ":1: not a schedule event"),
-        ((b'"order_version": 1', b'"order_version": 2'), "format 1, order 2, this version of lmtrain reads 1 and 1"),
-        ((b'"format_version": 1', b'"format_version": 9'), "format 9"),
-        ((b'"first_block": 0', b'"first_block": 7'), "the first event must be at block 0"),
+        (
+            (b'"order_version": 1', b'"order_version": 2'),
+            "format 2, order 2, this version of lmtrain reads up to 2 and 1",
+        ),
+        ((b'"format_version": 2', b'"format_version": 9'), "format 9"),
+        ((b'"first_block": 0', b'"first_block": 7'), "the first event must give weights from block 0"),
         ((b'"reason"', b'"raison"'), "reason"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
-from lmtrain.data.tokenizer import EOD, PIECE, Tokenizer, train_bpe
+from lmtrain.data.tokenizer import EOD, PIECE, Tokenizer
+from lmtrain.data.tokenizer_training import train_bpe, train_sentencepiece
 from lmtrain.errors import DataError
 
 ADVERSARIAL = [
@@ -124,3 +126,56 @@ def test_what_cannot_be_loaded_says_so_in_one_line(bpe: Tokenizer, tmp_path: Pat
         assert "\n" not in str(error.value)
     with pytest.raises(DataError, match="at least 257"):
         train_bpe(["x"], 100, tmp_path / "small.json")
+
+
+def test_the_faster_engine_gives_the_same_ids(bpe: Tokenizer) -> None:
+    pytest.importorskip("tiktoken")
+    fast = Tokenizer.load(bpe.path)
+    texts = [*ADVERSARIAL, "a\n" + " " * 30_000 + "b", "x" * 100 + "\u00a0" * 30_000, f"<|special|> {EOD} caf\u00e9"]
+    assert fast.accelerate(texts) is None and fast.fingerprint == bpe.fingerprint
+    for text, ids, own in zip(texts, bpe.encode_batch(texts), fast.encode_batch(texts), strict=True):
+        assert own.dtype == np.int32 and np.array_equal(ids, own) and fast.decode(own) == text
+
+
+def test_an_engine_that_differs_is_not_used(bpe: Tokenizer, tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    spec = json.loads(Path(bpe.path).read_text(encoding="utf-8"))
+    vocab = spec["model"]["vocab"]
+    last, before = sorted((token for token in vocab if len(token) == 2), key=vocab.__getitem__)[:2]
+    vocab[last], vocab[before] = vocab[before], vocab[last]  # ids no longer in the order of the merges
+    (tmp_path / "swapped.json").write_text(json.dumps(spec), encoding="utf-8")
+    swapped = Tokenizer.load(tmp_path / "swapped.json")
+    sample = ["def quick brown the fox return x + 1 " * 3, "the the th e he"]
+    reason = swapped.accelerate(sample)
+    own = swapped.encode_batch(sample)
+    assert reason is None or "other ids" in reason
+    assert all(np.array_equal(a, swapped.engine.encode(t, add_special_tokens=False).ids)  # type: ignore[attr-defined]
+               for a, t in zip(own, sample, strict=True))  # fmt: skip
+    spec["normalizer"] = {"type": "NFC"}
+    (tmp_path / "nfc.json").write_text(json.dumps(spec), encoding="utf-8")
+    assert Tokenizer.load(tmp_path / "nfc.json").accelerate() == "it has a normalizer"
+
+
+def test_without_tiktoken_the_reason_is_said(bpe: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    assert Tokenizer.load(bpe.path).accelerate() == "tiktoken is not installed"
+
+
+def test_sentencepiece_is_trained_to_lose_nothing(tmp_path: Path) -> None:
+    text = "def f(x):\n    return  x  # two  blanks\n" * 20 + "the quick brown fox jumps " * 20
+    made = train_sentencepiece([text, "y" * 20_000], 330, tmp_path / "tokenizer.model", special=["<|fim_prefix|>"])
+    texts = [text for text in ADVERSARIAL if "\u2581" not in text and "\x00" not in text] + ["\ufb01 \uff21"]
+    for wanted, ids in zip(texts, made.encode_batch(texts), strict=True):
+        assert made.decode(ids) == wanted and made.token_id("<|fim_prefix|>") not in ids
+    assert made.vocab_size == 330 and made.eod == "</s>" and made.token_id("nothing") is None
+    assert made.byte_tokens().sum() == 256
+    again = train_sentencepiece([text, "y" * 20_000], 330, tmp_path / "again.model", special=["<|fim_prefix|>"])
+    assert again.fingerprint == made.fingerprint
+    with pytest.raises(DataError, match=r"tokenizer=train-sp:100000: sentencepiece cannot train it: .*too high"):
+        train_sentencepiece([text], 100_000, tmp_path / "big.model")
+
+
+def test_parts_of_characters_are_counted_as_byte_tokens(bpe: Tokenizer) -> None:
+    parts = bpe.byte_tokens()
+    (ids,) = bpe.encode_batch(["abc \u4e2d"])
+    assert parts[ids].tolist() == [False] * (len(ids) - 3) + [True] * 3 and not parts[bpe.eod_id]

@@ -21,7 +21,7 @@ import torch
 from lmtrain.checkpoint import commit, tensors
 from lmtrain.checkpoint.checkpointer import Checkpointer
 from lmtrain.checkpoint.storage import LocalFile
-from lmtrain.data.loader import StepData, _Reader
+from lmtrain.data.reader import Reader, StepData, StepPlan
 from lmtrain.engine.fsdp import FSDPEngine
 from lmtrain.pretrain import main
 from lmtrain.train.loop import Trainer
@@ -78,14 +78,14 @@ def install(kill: Kill) -> None:
     _replace(Checkpointer, "save", save)
     match kill.point:
         case "reading":
-            original = _Reader.__getitem__
+            original = Reader.__getitem__
 
-            def read(self: _Reader, index: int) -> Any:
-                if index + 1 >= kill.step:
+            def read(self: Reader, plan: StepPlan) -> Any:
+                if plan.step + 1 >= kill.step:
                     die()
-                return original(self, index)
+                return original(self, plan)
 
-            _replace(_Reader, "__getitem__", read)
+            _replace(Reader, "__getitem__", read)
         case "backward":
             _after(FSDPEngine, "_backward", stepping)
         case "before_update":

@@ -171,6 +171,9 @@ def test_a_trained_run_has_its_pictures(small_recipe: Path, tmp_path: Path) -> N
     assert page.text.count("nothing crosses from one document into the other") == 2
     assert "held-out documents of prose and lists" in page.text
     assert "parameters: 4 residual branches" in page.text
+    assert (
+        "Realised mixture" in page.text and "unknown" not in page.text.split("What it read")[1].split("Which tokens")[0]
+    )
     newest = max((run / "checkpoints").glob("step-*"))
     shard = next(newest.glob("shard-*.bin"))
     shard.write_bytes(shard.read_bytes()[:-1])

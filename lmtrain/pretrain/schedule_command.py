@@ -1,0 +1,208 @@
+"""The command line of launch/schedule.py: shows the mixture of a run over its tokens, and changes it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lmtrain.checkpoint.lock import RunLock
+from lmtrain.config.load import load
+from lmtrain.config.recipe import Recipe
+from lmtrain.data.loader import Loader
+from lmtrain.data.mix_request import MixRequest
+from lmtrain.data.sampler import Sampler
+from lmtrain.data.schedule import Event, ScheduleLog
+from lmtrain.errors import EXIT_DONE, LmtrainError, StorageError, UsageError, nearest
+from lmtrain.pretrain.log import METRICS, SCHEDULE, last_step
+from lmtrain.train.mixture import REQUEST, describe
+
+BAR, ROWS = 60, 24
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder: its recipe and its log."""
+
+    path: Path
+    recipe: Recipe
+    log: ScheduleLog
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        if not (path / "recipe.yaml").exists() or not (path / SCHEDULE).exists():
+            runs = [found.parent.name for found in path.parent.glob(f"*/{SCHEDULE}")]
+            raise UsageError(f"{path}: no run here{nearest(path.name, runs)}")
+        return cls(path, load([f"recipe={path / 'recipe.yaml'}"]).recipe, ScheduleLog.read(path / SCHEDULE))
+
+    @property
+    def block_tokens(self) -> int:
+        return self.recipe.data.block_length
+
+    @property
+    def total_tokens(self) -> int:
+        return self.recipe.train.schedule_of(self.recipe.data).tokens(self.recipe.train.num_steps(self.recipe.data))
+
+    def sampler(self) -> Sampler:
+        """Of the log alone: shares and counts, without the data."""
+        names = [*self.recipe.data.sources, *(name for event in self.log.events for name in event.sources)]
+        return Sampler(0, self.log, dict.fromkeys(names, 1))
+
+    def loader(self) -> Loader:
+        """Of the run's data, which it opens and checks."""
+        data, train = self.recipe.data, self.recipe.train
+        return Loader(
+            data,
+            seed=self.recipe.seed,
+            batch_tokens=train.batch_tokens,
+            batch_ramp=train.batch_ramp,
+            microbatch=data.block_length // data.seq_len,
+            dp_rank=0,
+            dp_size=1,
+            log=self.log,
+        )
+
+
+def main(argv: list[str], doc: str) -> int:
+    """Run the command line ``argv``; the exit code. ``doc``: what --help prints."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        if not argv or {"--help", "-h", "help"} & set(argv):
+            print(doc.rstrip())
+            return EXIT_DONE
+        verb, *words = argv
+        if verb not in VERBS:
+            raise UsageError(f"{verb}: unknown verb{nearest(verb, VERBS)}")
+        folders = [word for word in words if "=" not in word or Path(word).is_dir()]
+        if len(folders) != 1:
+            raise UsageError(f"expected one run folder, got {len(folders)}: {', '.join(folders) or 'none'}")
+        given = dict(word.split("=", 1) for word in words if word not in folders)
+        if len(given) != len(words) - 1:
+            raise UsageError("a key is given twice")
+        print(VERBS[verb](Run.open(Path(folders[0])), given))
+    except LmtrainError as error:
+        print(f"schedule: {error}", file=sys.stderr)
+        return error.exit_code
+    return EXIT_DONE
+
+
+def _show(run: Run, given: dict[str, str]) -> str:
+    _only(given)
+    lines = []
+    for event in run.log.events:
+        made = "" if event.origin == "recipe" else f" (made after step {event.step})"
+        reason = f": {event.reason}" if event.reason else ""
+        lines.append(f"{event.origin:6}  {describe(event, run.block_tokens)}{made}{reason}")
+    return "\n".join(lines)
+
+
+def _plot(run: Run, given: dict[str, str]) -> str:
+    """The share of every source over the run's tokens, as bars of letters."""
+    _only(given)
+    sampler, total = run.sampler(), run.total_tokens
+    letters = {name: LETTERS[i % len(LETTERS)] for i, name in enumerate(sampler.names)}
+    lines = ["  ".join(f"{letter}: {name}" for name, letter in letters.items())]
+    for row in range(ROWS):
+        token = total * row // ROWS
+        shares = sampler.shares(token // run.block_tokens)
+        ends, filled = 0.0, ""
+        for name, share in shares.items():
+            ends += share
+            filled += letters[name] * (round(ends * BAR) - len(filled))
+        lines.append(f"{token:16,}  {filled}")
+    return "\n".join(lines)
+
+
+def _set(run: Run, given: dict[str, str]) -> str:
+    weights = {name: value for name, value in given.items() if name not in ("at", "reason")}
+    if not weights:
+        raise UsageError("set: expected SOURCE=SHARE, got none")
+    return _request(run, {"weights": weights}, given)
+
+
+def _skip(run: Run, given: dict[str, str]) -> str:
+    _only(given, "tokens", "at", "reason")
+    if "tokens" not in given:
+        raise UsageError("skip: how much? give tokens=2e6")
+    return _request(run, {"skip": given["tokens"]}, given)
+
+
+def _add(run: Run, given: dict[str, str]) -> str:
+    paths = {name: value for name, value in given.items() if name not in ("share", "at", "reason")}
+    if len(paths) != 1:
+        raise UsageError(f"add: expected one SOURCE=PATH, got {len(paths)}")
+    share = {"weights": dict.fromkeys(paths, given["share"])} if "share" in given else {}
+    return _request(run, {"add": paths, **share}, given)
+
+
+VERBS: dict[str, Callable[[Run, dict[str, str]], str]] = {
+    "show": _show,
+    "plot": _plot,
+    "set": _set,
+    "skip": _skip,
+    "add": _add,
+}
+
+
+def _only(given: dict[str, str], *known: str) -> None:
+    for key in given:
+        if key not in known:
+            raise UsageError(f"{key}: unknown key{nearest(key, known)}")
+
+
+def _request(run: Run, wanted: dict[str, object], given: dict[str, str]) -> str:
+    """Ask a run that trains; change the log of one that does not."""
+    wanted |= {key: given[key] for key in ("at", "reason") if key in given}
+    text = yaml.safe_dump(wanted, sort_keys=False)
+    request = MixRequest.parse(text)
+    try:
+        lock = RunLock(run.path, "schedule")
+    except StorageError:
+        return _ask(run, request, text)
+    try:
+        return _append(Run.open(run.path), request)  # as it is now that nobody else writes
+    finally:
+        lock.release()
+
+
+def _ask(run: Run, request: MixRequest, text: str) -> str:
+    """Drop the request into the folder of a live run, which answers after its next step."""
+    _admitted(run, request)  # the run checks it too, but here the person is told at once
+    target = run.path / "control" / REQUEST
+    partial = target.with_name(f".{REQUEST}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    try:
+        os.link(partial, target)
+    except FileExistsError:
+        raise UsageError(f"{target} is there already: the run has not answered it yet; try again later") from None
+    finally:
+        partial.unlink()
+    return f"{target}: written; the run answers after its next step, and renames the file"
+
+
+def _append(run: Run, request: MixRequest) -> str:
+    event = _admitted(run, request)
+    run.log.append(event)
+    return f"{run.path / SCHEDULE}: {describe(event, run.block_tokens)}"
+
+
+def _admitted(run: Run, request: MixRequest) -> Event:
+    """The event of the request, from the first step on that no attempt recorded; UsageError if the run cannot do it."""
+    loader = run.loader()
+    step, stop = last_step(run.path / METRICS), run.recipe.train.num_steps(run.recipe.data)
+    event = request.event(
+        loader.sampler,
+        block_tokens=loader.block_tokens,
+        earliest=loader.schedule.first_block(step),
+        end=loader.schedule.first_block(stop),
+        now=loader.schedule.tokens(step),
+        step=step,
+    )
+    loader.admit(event, stop if run.recipe.data.policy.kind == "static" else None)
+    return event

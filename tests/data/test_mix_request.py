@@ -1,0 +1,95 @@
+"""What a person may ask of a mixture, what becomes of it, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmtrain.data.mix_request import MixRequest, mixed, tokens_of
+from lmtrain.data.sampler import Sampler
+from lmtrain.data.schedule import ScheduleLog
+from lmtrain.data.store import StoreWriter
+from lmtrain.errors import DataError, LmtrainError, UsageError
+
+SAMPLER = Sampler(0, ScheduleLog.fixed({"code": 0.5, "docs": 0.25, "rare": 0.25}), {"code": 9, "docs": 9, "rare": 9})
+WHERE = {"block_tokens": 100, "earliest": 40, "end": 90, "now": 2000, "step": 7}
+
+
+def test_shares_of_the_named_and_of_the_rest() -> None:
+    shares = {"code": 0.5, "docs": 0.3, "rare": 0.2, "idle": 0.0}
+    assert mixed(shares, {"code": 0.2}) == pytest.approx({"code": 0.2, "docs": 0.48, "rare": 0.32})
+    assert mixed(shares, {"idle": 0.5}) == pytest.approx({"idle": 0.5, "code": 0.25, "docs": 0.15, "rare": 0.1})
+    assert mixed(shares, {"code": 0}) == pytest.approx({"code": 0, "docs": 0.6, "rare": 0.4})
+    assert mixed(shares, {"code": 3, "docs": 1, "rare": 0}) == {"code": 3, "docs": 1, "rare": 0}  # all: relative
+    assert mixed(shares, {"code": 1}) == pytest.approx({"code": 1, "docs": 0, "rare": 0})
+
+
+def test_a_whole_request() -> None:
+    request = MixRequest.parse("weights: {code: 0.2}\nskip: 1e3\nat: '+3_050'\nreason: why\n")
+    assert request == MixRequest({"code": 0.2}, 1000, {}, (3050, True), "why")
+    event = request.event(SAMPLER, **WHERE)
+    assert (event.first_block, event.origin, event.reason, event.skip, event.step) == (51, "user", "why", 10, 7)
+    total = sum(event.weights.values())
+    assert {name: round(weight / total, 4) for name, weight in event.weights.items()} == {
+        "code": 0.2, "docs": 0.4, "rare": 0.4,
+    }  # fmt: skip
+    assert MixRequest.parse("skip: 1\n").event(SAMPLER, **WHERE).first_block == 40
+    assert MixRequest.parse("skip: 101\nat: 4000").event(SAMPLER, **WHERE).skip == 2
+
+
+def test_a_new_source_is_named_by_its_content(tmp_path: Path) -> None:
+    with StoreWriter(tmp_path / "news", 50) as writer:
+        writer.add(SAMPLER.get(range(20))[1])  # type: ignore[arg-type]
+    text = f"add: {{news: {tmp_path / 'news'}}}\nweights: {{news: 0.2}}\n"
+    event = MixRequest.parse(text).event(SAMPLER, **WHERE)
+    assert event.sources["news"].path == str(tmp_path / "news") and len(event.sources["news"].digest) == 32
+    assert set(event.weights) == {"code", "docs", "rare", "news"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected keys (weights, skip, add, at, reason) and values"),
+        ("- 1", "expected keys"),
+        ("weights: [", "not YAML"),
+        ("!!python/object/apply:os.system ['true']", "not YAML"),
+        ("wieghts: {code: 1}", "wieghts: unknown key; did you mean weights?"),
+        ("reason: x", "nothing to do: give weights, skip or add"),
+        ("weights: {}", "weights: expected {source: value}, got {}"),
+        ("weights: {code: much}", "weights.code: expected a share, got 'much'"),
+        ("weights: {cod: 0.1}", "weights.cod: no source of this run; did you mean code?"),
+        ("weights: {code: -0.1}", "weights.code: expected a share of at least 0, got -0.1"),
+        ("weights: {code: .nan}", "got nan"),
+        ("weights: {code: 0.7, docs: 0.7}", "shares of code, docs sum to 1.4, more than the whole; rare are read too"),
+        ("weights: {code: 0, docs: 0, rare: 0}", "nothing would be read: code, docs, rare get 0"),
+        ("skip: 1.5", "skip: expected a number of tokens (2000000, 2e6, 2M), got 1.5"),
+        ("skip: -3", "skip: expected a number of tokens"),
+        ("skip: true", "skip: expected a number of tokens"),
+        ("skip: 5\nat: 3900", "at: 3,900 tokens is too early; the first that can still change are at 4,000"),
+        ("skip: 5\nat: 9000", "it would take effect at 9,000 tokens, the run ends at 9,000"),
+        ("add: {code: x}", "add.code: there is a source of that name"),
+        ("add: {a-b: x}", "add: 'a-b' is no name"),
+        ("add: {news: 3}", "add.news: expected a path, got 3"),
+        ("add: {news: gone/by}", "gone/by.idx: No such file or directory; a source is a folder made by"),
+    ],
+)
+def test_what_is_refused(text: str, message: str) -> None:
+    with pytest.raises((UsageError, DataError)) as error:
+        MixRequest.parse(text).event(SAMPLER, **WHERE)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_numbers_of_tokens() -> None:
+    given = [2000000, "2e6", 2e6, "2M", "2_000_000", "2,000k", "0.002G"]
+    assert [tokens_of("k", value) for value in given] == [2_000_000] * len(given)
+
+
+@given(st.text())
+def test_any_text_is_a_request_or_one_error(text: str) -> None:
+    try:
+        MixRequest.parse(text)
+    except LmtrainError as error:
+        assert "\n" not in str(error)
