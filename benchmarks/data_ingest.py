@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROUNDS = 3
+ROUNDS = 2
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",

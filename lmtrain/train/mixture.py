@@ -101,14 +101,15 @@ class Mixture:
         )
         if weights is None or earliest >= schedule.first_block(self.total_steps):
             return
-        event = Event(earliest, "policy", "", integer_weights(weights, COARSE_PERIOD), step=step)
+        kind = self.loader.cfg.policy.kind
+        event = Event(earliest, "policy", kind, integer_weights(weights, COARSE_PERIOD), step=step)
         try:
             self.loader.admit(event, None)
         except LmtrainError as error:
             self.note(f"WARNING: the policy's mixture after step {step} is refused: {error}")
             return
         self.log.append(event)
-        self.note(f"policy {self.loader.cfg.policy.kind}: {describe(event, self.loader.block_tokens)}")
+        self.note(f"policy {kind}: {describe(event, self.loader.block_tokens)}")
 
     def _answer_request(self, step: int, earliest: int) -> None:
         """Do what ``control/mix.yaml`` asks, or say why not; either way the file gets another name."""

@@ -9,6 +9,10 @@ import sys
 
 import pytest
 
+from lmtrain.data.processes import Workers
+from lmtrain.data.reading import Chunk, Line, SourceOptions
+from lmtrain.errors import DataError
+
 PARENT = """
 import os, sys
 from lmtrain.data.processes import die_with_parent
@@ -36,3 +40,17 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
     assert os.read(ours, 1) == b""  # the worker held the other end: it is gone
     for end in (ours, stdin, keep_open):
         os.close(end)
+
+
+def test_workers_do_one_kind_of_work_after_another_and_give_errors_in_order() -> None:
+    def chunk(*lines: bytes) -> Chunk:
+        return Chunk("a", SourceOptions("x"), 0, 0, [Line(line, "x.jsonl", i, 0) for i, line in enumerate(lines, 1)])
+
+    chunks = [chunk(b'{"text": "a"}'), chunk(b'{"text": "b"}', b'{"text": '), chunk(b'{"other": 1}')]
+    for count in (1, 2):
+        with Workers(count, "lmtrain.data.reading") as workers:
+            assert list(workers.ordered(abs, ((i, -i) for i in range(9)))) == [(i, i) for i in range(9)]
+            parsed = workers.ordered(Chunk.documents, enumerate(chunks))
+            assert [document.text for document in next(parsed)[1]] == ["a"]
+            with pytest.raises(DataError, match=r"^x\.jsonl:2: malformed JSON"):
+                next(parsed)
