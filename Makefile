@@ -70,7 +70,7 @@ bench: bench-ops ## bench-ops, and whole training steps against transformers
 bench-ops: install ## every op against plain torch and transformers, about six minutes; writes benchmarks/results/ops.json
 	@$(BIN)/python benchmarks/ops.py $(ARGS)
 
-bench-data: install ## order, loading, opening and ingest against numpy and datasets, two minutes; writes benchmarks/results/data.json
+bench-data: install ## order, loading, opening and ingest against numpy and datasets, four minutes; writes benchmarks/results/data.json
 	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/data.py $(ARGS)
 
 bench-recall: install ## MQAR and parity learned by every mixer, under 20 minutes on two cores; writes benchmarks/results/recall.json

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from typing import Any, get_type_hints
 
@@ -33,14 +34,11 @@ def main(argv: list[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         verb = VERBS.get(argv[0]) if argv else None
+        verb = verb or (CORPORA.get(argv[0]) if argv else None)
         if not argv or {"--help", "-h", "help"} & set(argv):
             print(help_page() if verb is None else cleandoc(verb.__doc__ or ""))
         elif verb is not None:
             verb(argv[1:])
-        elif argv[0] == "python-corpus":
-            _python_corpus(argv[1:])
-        elif argv[0] == "debian-corpus":
-            _debian_corpus(argv[1:])
         else:
             _prepare(argv)
     except LmtrainError as error:
@@ -57,7 +55,9 @@ def parse(argv: list[str]) -> PrepareConfig:
     for argument in argv:
         key, equals, text = argument.partition("=")
         if not equals:
-            raise UsageError(f"{argument}: expected key=value or a verb{nearest(argument, VERBS)}; --help shows how")
+            raise UsageError(
+                f"{argument}: expected key=value or a verb{nearest(argument, VERBS | CORPORA)}; --help shows how"
+            )
         first, *rest = key.split(".")
         if first == "sources" and len(rest) == 2:
             fields = [field.name for field in dataclasses.fields(SourceOptions)]
@@ -83,7 +83,7 @@ def help_page() -> str:
     """What the program does and every key, from the dataclasses."""
     from lmtrain.config.schema import keys_of
 
-    verbs = [f"  {name:<26} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in VERBS.items()]
+    verbs = [f"  {name:<26} {(verb.__doc__ or '').splitlines()[0]}" for name, verb in (VERBS | CORPORA).items()]
     lines = [(__doc__ or "").rstrip(), "", "Verbs (VERB --help tells more):", *verbs, "", "Settings:"]
     for prefix, settings in (("", PrepareConfig), ("sources.NAME.", SourceOptions)):
         for key in keys_of(settings).values():
@@ -109,15 +109,29 @@ def _prepare(argv: list[str]) -> None:
     print(f"{cfg.out}: {'made' if made else 'already made from the same text and settings, nothing to do'}")
     for name, manifest in manifests.items():
         print(summary(name, manifest))
+        if any(step.get("removed") for step in manifest.pipeline):
+            print(f"    examples of what was left out: {cfg.out}/{name}/filters.jsonl")
 
 
-def _python_corpus(argv: list[str]) -> None:
+def _python_corpus(argv: Sequence[str]) -> None:
+    """Collect the text that comes with the running Python: code, reference, C headers; nothing is downloaded.
+
+        python-corpus out=FOLDER
+
+    FOLDER: gets a .jsonl file per domain, each of which is a source for prepare.
+    """
     out = _out("python-corpus", argv)
     for name, (documents, size) in write_python_corpus(out).items():
         print(f"  {out}/{name}.jsonl: {documents:,} documents, {size / 1e6:.2f} MB")
 
 
-def _debian_corpus(argv: list[str]) -> None:
+def _debian_corpus(argv: Sequence[str]) -> None:
+    """Collect Debian's documentation in 8 domains; downloads about 143 MB of packages with apt-get, installs nothing.
+
+        debian-corpus out=FOLDER
+
+    FOLDER: gets a .jsonl file per domain, each of which is a source for prepare.
+    """
     out = _out("debian-corpus", argv)
     made = write_debian_corpus(out)
     for name, domain in made["domains"].items():
@@ -125,10 +139,14 @@ def _debian_corpus(argv: list[str]) -> None:
     print(f"  {out}/SOURCES.json: packages, versions, licences; digest of the corpus {made['digest']}")
 
 
-def _out(verb: str, argv: list[str]) -> str:
-    if len(argv) != 1 or not argv[0].startswith("out="):
-        raise UsageError(f"{verb}: expected out=FOLDER and nothing else")
+def _out(verb: str, argv: Sequence[str]) -> str:
+    if len(argv) != 1 or not argv[0].removeprefix("out=") or not argv[0].startswith("out="):
+        got = " ".join(argv) or "nothing"
+        raise UsageError(f"{verb}: expected out=FOLDER, where its .jsonl files go, and nothing else; got {got}")
     return argv[0].removeprefix("out=")
+
+
+CORPORA: dict[str, Callable[[Sequence[str]], None]] = {"python-corpus": _python_corpus, "debian-corpus": _debian_corpus}
 
 
 if __name__ == "__main__":

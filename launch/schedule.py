@@ -8,6 +8,8 @@
     python launch/schedule.py skip runs/x tokens=2e6                   pass over what comes next
     python launch/schedule.py add runs/x news=data/news share=0.1      a new source, made by launch/prepare.py
 
+A source called at, reason or share is weights.NAME= for set and add.NAME= for add.
+
 A run that trains finds the request in its control folder and answers after its next step; of one that does not, the log
 is changed. Either way it is an event in schedule.jsonl: the run resumes with it, at any number of ranks.
 """

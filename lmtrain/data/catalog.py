@@ -55,7 +55,8 @@ class Catalog:
                 opened.append(self._open(name, added))
                 new[name] = packed(opened[-1].train, self.cfg).num_blocks
         sizes = self.sizes() | new
-        for name in sorted({name for event in events for name in event.weights}):
+        # an added source without a share too: it may get one, and its epochs are counted
+        for name in [*new, *sorted({name for event in events for name in event.weights})]:
             if name not in sizes:
                 raise UsageError(f"the schedule names source {name}, data.sources does not{nearest(name, sizes)}")
             if sizes[name] < 1:
@@ -75,12 +76,7 @@ class Catalog:
         return new
 
     def _open(self, name: str, added: AddedSource) -> Source:
-        found = content_digest(added.path)
-        if found != added.digest:
-            raise DataError(
-                f"{added.path}: the content differs from that of source {name} in the schedule (digest {found[:12]}, "
-                f"expected {added.digest[:12]}); put the old data back"
-            )
+        _check_content(name, added)
         return open_source(name, added.path, self.tokenizer)
 
     def _take(self, source: Source) -> None:
@@ -100,5 +96,18 @@ def packed(store: Store, cfg: DataConfig) -> Blocks:
 
 
 def open_added(cfg: DataConfig, name: str, added: AddedSource) -> Blocks:
-    """The blocks of a source that the main process has checked, in a process of its own."""
+    """The blocks of a source that the main process has checked, in a process of its own.
+
+    Raises DataError if the content is another by now.
+    """
+    _check_content(name, added)
     return packed(open_train(name, added.path, cfg), cfg)
+
+
+def _check_content(name: str, added: AddedSource) -> None:
+    found = content_digest(added.path)
+    if found != added.digest:
+        raise DataError(
+            f"{added.path}: the content differs from that of source {name} in the schedule (digest {found[:12]}, "
+            f"expected {added.digest[:12]}); put the old data back"
+        )

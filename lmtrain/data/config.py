@@ -76,5 +76,11 @@ class DataConfig:
                 raise ValueError(
                     f"sources: {name!r} is no name; use letters, digits and _ (it becomes a metric's name)"
                 )
+        endless = [name for name, source in self.sources.items() if source.synthetic and source.weight > 0]
+        if self.policy.first in ("proportional", "temperature") and endless:
+            raise ValueError(
+                f"policy.first: {self.policy.first} goes by the tokens a source has; source {endless[0]} is synthetic "
+                "and has no end: use weights or unimax, or give it weight 0"
+            )
         if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: every weight is 0; give at least one source a positive weight")

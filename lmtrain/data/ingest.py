@@ -34,6 +34,7 @@ from lmtrain.data.encoding import (
 )
 from lmtrain.data.filters.decontaminate import evaluation_files, read_evaluations
 from lmtrain.data.fim import NAMES as FIM_NAMES
+from lmtrain.data.fim import FimTokens
 from lmtrain.data.manifest import HeldoutEntry, Manifest, TokenizerEntry, file_digest, file_entries
 from lmtrain.data.overlap import SHINGLE, THRESHOLD
 from lmtrain.data.processes import Workers
@@ -70,7 +71,7 @@ class PrepareConfig:
     sources: dict[str, SourceOptions] = field(default_factory=dict)
     """Named sources, each with path and, as needed, text_field, id_field, config, split and what is left out of it."""
     heldout: float = 0.01
-    """Share of documents held out."""
+    """Share of ids held out: documents that share an id go together; without ids, of documents."""
     workers: int = 1
     """Processes that tokenize."""
     eod: str | None = None
@@ -131,7 +132,17 @@ def _check(cfg: PrepareConfig) -> None:
         raise UsageError(f"heldout: must be at least 0 and below 1, got {cfg.heldout}")
     if cfg.workers < 1:
         raise UsageError(f"workers: must be at least 1, got {cfg.workers}")
-    to_train(cfg.tokenizer)
+    wanted, marks = to_train(cfg.tokenizer), _marks(cfg)
+    if wanted is not None and wanted[1] < 257 + len(marks):
+        needed = ", ".join(["256 bytes, the end of a document", *marks])
+        raise UsageError(f"tokenizer={cfg.tokenizer}: at least {257 + len(marks)} ids are needed ({needed})")
+    if wanted is None and marks:
+        FimTokens.of(Tokenizer.load(cfg.tokenizer, cfg.eod))
+
+
+def _marks(cfg: PrepareConfig) -> tuple[str, ...]:
+    """The tokens that a new tokenizer gets for fim_rate."""
+    return FIM_NAMES[0] if any(options.fim_rate for options in cfg.sources.values()) else ()
 
 
 def _inputs(cfg: PrepareConfig) -> str:
@@ -156,7 +167,8 @@ def _existing(cfg: PrepareConfig, out: Path, inputs: str) -> dict[str, Manifest]
     others = sorted(set(there) - set(same))
     if others:
         raise UsageError(
-            f"{out / others[0]}: made from other text or settings; overwrite=true replaces it, or choose another out="
+            f"{out / others[0]}: made from other text or settings ({_difference(cfg, others[0], manifests)}); "
+            f"overwrite=true replaces it, or choose another out={_adding(cfg, tokenizer)}"
         )
     if tokenizer is not None and not same and not _same_file(tokenizer, Path(cfg.tokenizer)):
         raise UsageError(
@@ -164,6 +176,27 @@ def _existing(cfg: PrepareConfig, out: Path, inputs: str) -> dict[str, Manifest]
             "overwrite=true replaces it"
         )
     return None
+
+
+def _difference(cfg: PrepareConfig, name: str, manifests: Mapping[str, Manifest]) -> str:
+    """What the manifest of source ``name`` shows to be another setting; a digest of the text says no more than that."""
+    if name not in manifests:
+        return "it has no manifest.json"
+    made, options = manifests[name], cfg.sources[name]
+    pairs = {
+        "tokenizer": (made.tokenizer.name, cfg.tokenizer),
+        "heldout": (made.heldout.share, cfg.heldout),
+        f"sources.{name}.path": (made.uri, options.path),
+    }
+    found = [f"{key}: was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
+    return ", ".join(found) or "its text, the set of sources, or another setting"
+
+
+def _adding(cfg: PrepareConfig, tokenizer: Path | None) -> str:
+    """How to add sources where a tokenizer would be trained anew."""
+    if tokenizer is None or to_train(cfg.tokenizer) is None:
+        return ""
+    return f"; {cfg.tokenizer} would train on the new set: to add sources, name only these, with tokenizer={tokenizer}"
 
 
 def _same_file(a: Path, b: Path) -> bool:
@@ -183,11 +216,14 @@ def _build_with(workers: Workers, cfg: PrepareConfig, work: Path, inputs: str) -
     del facts
     for name, selection in selections.items():
         if not selection.train_bytes:
-            raise DataError(f"sources.{name}: no text to train on ({_counts(selection)}); give more, or lower heldout")
+            lower = ", or lower heldout" if selection.hashes else ""
+            raise DataError(
+                f"sources.{name}: {cfg.sources[name].path}: no text to train on ({_counts(selection)}); "
+                f"give more{lower}"
+            )
         if cfg.heldout and not selection.hashes:
             log.warning("%s: nothing held out (%s); raise heldout, or give more documents", name, _counts(selection))
-    marks = FIM_NAMES[0] if any(options.fim_rate for options in cfg.sources.values()) else ()
-    tokenizer = make_tokenizer(cfg.tokenizer, cfg.eod, marks, _training_text(cfg, selections), work)
+    tokenizer = make_tokenizer(cfg.tokenizer, cfg.eod, _marks(cfg), _training_text(cfg, selections), work)
     np.save(work / "heldout.npy", known)
     encoder = Encoder(_encoder_settings(cfg, work, selections, tokenizer), tokenizer)
     paths = _encode(cfg, work, selections, encoder, workers)
@@ -297,7 +333,9 @@ def _assemble(
 
 
 def _counts(selection: Selection) -> str:
-    parts = {"documents": len(selection.verdicts), **selection.removed, "held out": len(selection.hashes)}
+    number = len(selection.verdicts)
+    unit = "document" if number == 1 else "documents"
+    parts = {unit: number, **selection.removed, "held out": len(selection.hashes)}
     return ", ".join(f"{count} {step}" for step, count in parts.items())
 
 

@@ -89,14 +89,11 @@ class Loader:
         counts = (sampler or self.sampler).counts(self.schedule.first_block(step))
         return {name: count * self.block_tokens for name, count in counts.items()}
 
-    def check(self, stop: int) -> list[str]:
-        """A warning for each source that steps ``[0, stop)`` read often; UsageError beyond ``data.max_epochs``."""
-        return check_epochs(self.tokens_read(stop), self.tokens_available, self.cfg.max_epochs)
-
     def admit(self, event: Event, stop: int | None) -> None:
         """Raise UsageError or DataError if the log cannot take ``event`` now; nothing changes.
 
-        stop: the last step of the run, to which ``check`` holds the mixture that would follow; None: it will change.
+        stop: the steps of the run, which with the mixture that would follow must not read a source more often than
+        ``data.max_epochs``; None: it will change.
         """
         self._refuse_past(event)
         _, new = self.catalog.check([event])

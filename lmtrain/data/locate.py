@@ -42,8 +42,20 @@ def locate(path: str | Path, tokenizer: Tokenizer | None = None) -> list[Located
     """Every source at ``path``, open; prepared ones held to ``tokenizer``, if given. Raises DataError."""
     folders = prepared_folders(path)
     if not folders:
+        _refuse_text(Path(path))
         return [Located(str(path), None, {"": open_store(path, tokenizer)}, tokenizer)]
     return [_prepared(folder, tokenizer) for folder in folders]
+
+
+def _refuse_text(path: Path) -> None:
+    """Raise DataError for a file, or a folder of files, none of which is a store."""
+    files = [path] if path.is_file() else [entry for entry in path.glob("*") if entry.is_file()]
+    stores = any(file.suffix in (".idx", ".bin", ".ds", ".npy") for file in files)
+    if files and not stores and not Path(f"{path}.idx").exists():
+        raise DataError(
+            f"{path}: this is text, not tokens; prepare it first: python launch/prepare.py out=NEW "
+            f"tokenizer=train:8192 sources.NAME.path={path}"
+        )
 
 
 def _prepared(folder: Path, tokenizer: Tokenizer | None) -> Located:

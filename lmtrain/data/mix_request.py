@@ -1,5 +1,7 @@
 """What a person asks of a running mixture: ``control/mix.yaml``, or the words of launch/schedule.py; made an event.
 
+YAML of one form: keys with a text or with one level of ``{name: text}``; a text is never taken for a date or a bool.
+
 weights: {code: 0.3}      # shares of the blocks; sources that are not named keep their proportions to one another
 skip: 2e6                 # tokens to pass over unread, rounded up to whole blocks
 add: {news: data/news}    # new sources; read once they get a share
@@ -10,8 +12,10 @@ reason: less code         # kept in the log
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import reprlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -23,6 +27,11 @@ from lmtrain.data.weights import integer_weights
 from lmtrain.errors import UsageError, nearest
 
 SCALES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+MAX_LENGTH = 1 << 16
+"""Characters of a request."""
+MAX_SHARE = 1e9
+Given = str | dict[str, str]
+"""The value of a key, as it is written."""
 
 
 @dataclass(frozen=True)
@@ -38,15 +47,10 @@ class MixRequest:
     @classmethod
     def parse(cls, text: str) -> MixRequest:
         """Raises UsageError, naming the key, for what is not a request."""
-        try:
-            given = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise UsageError(f"not YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(given, dict) or not given:
-            raise UsageError(f"expected keys ({', '.join(READ)}) and values, got {str(given)[:60]!r}")
+        given = _read(text)
         for key in given:
             if key not in READ:
-                raise UsageError(f"{key}: unknown key{nearest(str(key), READ)}")
+                raise UsageError(f"{_shown(key)}: unknown key{nearest(key, READ)}")
         request = cls(**{key: READ[key](key, value) for key, value in given.items()})
         if not (request.weights or request.skip or request.add):
             raise UsageError("nothing to do: give weights, skip or add")
@@ -76,11 +80,16 @@ class MixRequest:
             if name in sampler.names:
                 raise UsageError(f"add.{name}: there is a source of that name; give the new one another")
             if not name.isidentifier():
-                raise UsageError(f"add: {name!r} is no name; use letters, digits and _")
+                raise UsageError(f"add: {reprlib.repr(name)} is no name; use letters, digits and _")
+        skip = -(-self.skip // block_tokens)
+        if skip > end:
+            raise UsageError(
+                f"skip: {skip * block_tokens:,} tokens are more than the run reads in all, {end * block_tokens:,}"
+            )
         sources = {name: AddedSource(path, content_digest(path)) for name, path in self.add.items()}
         shares = sampler.shares(first) | dict.fromkeys(sources, 0.0)
         weights = integer_weights(mixed(shares, self.weights)) if self.weights else {}
-        return Event(first, "user", self.reason, weights, -(-self.skip // block_tokens), sources, step)
+        return Event(first, "user", self.reason, weights, skip, sources, step)
 
 
 def mixed(shares: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str, float]:
@@ -90,9 +99,9 @@ def mixed(shares: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str,
     """
     for name, share in wanted.items():
         if name not in shares:
-            raise UsageError(f"weights.{name}: no source of this run{nearest(name, shares)}")
-        if not (math.isfinite(share) and share >= 0):
-            raise UsageError(f"weights.{name}: expected a share of at least 0, got {share}")
+            raise UsageError(f"weights.{_shown(name)}: no source of this run{nearest(name, shares)}")
+        if not 0 <= share <= MAX_SHARE:
+            raise UsageError(f"weights.{name}: expected a share from 0 to {MAX_SHARE:g}, got {share}")
     others = {name: share for name, share in shares.items() if name not in wanted and share > 0}
     total = math.fsum(wanted.values())
     if not others:
@@ -110,52 +119,105 @@ def mixed(shares: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str,
     return dict(wanted) | {name: share * rest for name, share in others.items()}
 
 
-def tokens_of(key: str, value: Any) -> int:
+def tokens_of(key: str, value: Given) -> int:
     """A number of tokens: 2000000, 2e6 or 2M."""
-    text = str(value).replace("_", "").replace(",", "").strip()
+    text = _text(key, value).replace("_", "").replace(",", "").strip()
     scale = SCALES.get(text[-1:].lower(), 1)
     try:
         number = float(text[:-1] if scale > 1 else text) * scale
     except ValueError:
         number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or number < 0 or number != int(number):
-        raise UsageError(f"{key}: expected a number of tokens (2000000, 2e6, 2M), got {value!r}")
+    if not math.isfinite(number) or number < 0 or number != int(number):
+        raise UsageError(f"{key}: expected a number of tokens (2000000, 2e6, 2M), got {reprlib.repr(value)}")
     return int(number)
 
 
-def _at(key: str, value: Any) -> tuple[int, bool]:
-    relative = isinstance(value, str) and value.startswith("+")
-    return tokens_of(key, value[1:] if relative else value), relative
+def _at(key: str, value: Given) -> tuple[int, bool]:
+    text = _text(key, value)
+    return tokens_of(key, text.removeprefix("+")), text.startswith("+")
 
 
-def _shares(key: str, value: Any) -> dict[str, float]:
+def _shares(key: str, value: Given) -> dict[str, float]:
     shares = {}
     for name, share in _mapping(key, value).items():
         try:
             shares[name] = float(share)
-        except (TypeError, ValueError):
-            raise UsageError(f"{key}.{name}: expected a share, got {share!r}") from None
+        except ValueError:
+            raise UsageError(f"{key}.{_shown(name)}: expected a share, got {reprlib.repr(share)}") from None
     return shares
 
 
-def _paths(key: str, value: Any) -> dict[str, str]:
+def _paths(key: str, value: Given) -> dict[str, str]:
+    """Absolute: other processes, and later attempts, may have another working folder."""
     paths = _mapping(key, value)
     for name, path in paths.items():
-        if not isinstance(path, str):
-            raise UsageError(f"{key}.{name}: expected a path, got {path!r}")
-    return paths
+        if not path or not path.isprintable():
+            raise UsageError(f"{key}.{_shown(name)}: expected a path, got {reprlib.repr(path)}")
+    return {name: str(Path(path).absolute()) for name, path in paths.items()}
 
 
-def _mapping(key: str, value: Any) -> dict[str, Any]:
+def _mapping(key: str, value: Given) -> dict[str, str]:
     if not isinstance(value, dict) or not value:
-        raise UsageError(f"{key}: expected {{source: value}}, got {value!r}")
-    return {str(name): part for name, part in value.items()}
-
-
-def _text(key: str, value: Any) -> str:
-    if not isinstance(value, str):
-        raise UsageError(f"{key}: expected text, got {value!r}")
+        raise UsageError(f"{key}: expected {{source: value}}, got {reprlib.repr(value)}")
     return value
+
+
+def _text(key: str, value: Given) -> str:
+    if not isinstance(value, str):
+        raise UsageError(f"{key}: expected text, got {reprlib.repr(value)}")
+    return value
+
+
+def _shown(name: str) -> str:
+    """For a message of one line."""
+    return name if name.isidentifier() else reprlib.repr(name)
+
+
+def _read(text: str) -> dict[str, Given]:
+    """The keys of ``text`` and their values. Raises UsageError for anything else, before it costs time or memory."""
+    if len(text) > MAX_LENGTH:
+        raise UsageError(f"expected at most {MAX_LENGTH:,} characters, got {len(text):,}")
+    events = _events(text)
+    first = next(event for event in events if not isinstance(event, (yaml.StreamStartEvent, yaml.DocumentStartEvent)))
+    if not isinstance(first, yaml.MappingStartEvent):
+        raise UsageError(f"expected keys ({', '.join(READ)}) and values, got {reprlib.repr(text)}")
+    pairs = _pairs(events, nested=False)
+    if not isinstance(next(events), yaml.DocumentEndEvent) or not isinstance(next(events), yaml.StreamEndEvent):
+        raise UsageError("expected one YAML document, got more")
+    return pairs
+
+
+def _events(text: str) -> Iterator[Any]:
+    """Of the parser, which unlike yaml.load neither nests calls, follows aliases nor makes values of what it reads."""
+    try:
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if getattr(event, "tag", None) or getattr(event, "anchor", None):
+                line = event.start_mark.line + 1 if event.start_mark else 0
+                raise UsageError(f"line {line}: YAML tags, anchors and aliases are not read here")
+            yield event
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # chr() and int() of escapes and directives
+        raise UsageError(f"not YAML: {' '.join(str(error).split())}") from None
+
+
+def _place(event: Any) -> str:
+    return f"line {event.start_mark.line + 1}"
+
+
+def _pairs(events: Iterator[Any], *, nested: bool) -> dict[str, Any]:
+    """The mapping that has begun."""
+    pairs: dict[str, Any] = {}
+    while not isinstance(key := next(events), yaml.MappingEndEvent):
+        value = next(events) if isinstance(key, yaml.ScalarEvent) else key
+        if isinstance(value, yaml.ScalarEvent):
+            read: Any = value.value
+        elif isinstance(value, yaml.MappingStartEvent) and value is not key and not nested:
+            read = _pairs(events, nested=True)
+        else:
+            raise UsageError(f"{_place(value)}: expected KEY: TEXT or KEY: {{NAME: TEXT}}, got a list or deeper levels")
+        if key.value in pairs:
+            raise UsageError(f"{_place(key)}: {_shown(key.value)} is given twice")
+        pairs[key.value] = read
+    return pairs
 
 
 READ: dict[str, Callable[[str, Any], Any]] = {

@@ -69,7 +69,7 @@ class PackPlan:
 
     @classmethod
     def open(cls, store: Store, length: int) -> PackPlan:
-        """The plan of ``store`` for blocks of ``length`` inputs. DataError if there is none, or of another store."""
+        """The plan of ``store`` for blocks of ``length`` inputs. DataError if there is none, or another's."""
         folder = plan_folder(store, length)
         path = folder / HEADER
         where = os.path.dirname(store.prefix) if os.path.basename(store.prefix) == "train" else store.prefix
@@ -86,6 +86,11 @@ class PackPlan:
         known = (header.length, header.tokens, header.documents)
         if known != (length, store.num_tokens, store.num_documents) or header.borders != borders_digest(store):
             raise DataError(f"{folder}: a plan of another store or length; remove the folder, then: {command}")
+        if header.algorithm != ALGORITHM:
+            raise DataError(
+                f"{folder}: made by {header.algorithm}, this version of lmtrain plans by {ALGORITHM}; "
+                f"go on with the version that made it, or remove the folder, then: {command}"
+            )
         return cls(folder, header)
 
     def block(self, p: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -179,8 +179,8 @@ def _decode(data: bytes, path: str | Path, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file, or leave "
-            "it out with a glob such as 'DIR/**/*.txt'"
+            f"{path}: byte {offset + error.start} (0x{data[error.start]:02x}) is not UTF-8; convert the file: "
+            f"iconv -f LATIN1 -t UTF-8 {path} > NEW (or whichever encoding it has), or move it out of the source"
         ) from None
 
 
@@ -236,7 +236,8 @@ def _document(row: Any, options: SourceOptions, where: str) -> Document:
         raise DataError(f"{where}: expected an object with field {options.text_field}, found {type(row).__name__}")
     if options.text_field not in row:
         raise DataError(
-            f"{where}: no field {options.text_field}; fields present: {', '.join(row) or 'none'} (set text_field)"
+            f"{where}: no field {options.text_field}; fields present: {', '.join(row) or 'none'} (set "
+            f"sources.NAME.text_field={_longest(row)})"
         )
     text = row[options.text_field]
     if text is None:
@@ -248,9 +249,17 @@ def _document(row: Any, options: SourceOptions, where: str) -> Document:
     except UnicodeEncodeError as error:
         raise DataError(f"{where}: character {error.start} is half of a surrogate pair, not text") from None
     if options.id_field is not None and options.id_field not in row:
-        raise DataError(f"{where}: no field {options.id_field}; fields present: {', '.join(row)} (set id_field)")
+        raise DataError(
+            f"{where}: no field {options.id_field}; fields present: {', '.join(row)} (set sources.NAME.id_field)"
+        )
     name = row.get(options.id_field or "id")
     return Document(text, None if name is None else str(name), row.get("train_only") is True, where)
+
+
+def _longest(row: dict[str, Any]) -> str:
+    """The field with the longest text: likely the one that is meant."""
+    texts = {name: len(value) for name, value in row.items() if isinstance(value, str)}
+    return max(texts, key=texts.__getitem__) if texts else "FIELD"
 
 
 def _file_rows(path: Path) -> Iterator[Any]:

@@ -27,14 +27,15 @@ Indices = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Stage:
-    """The samples from one event on, ready to be asked. Arrays are by the stage's own sources, sorted by name."""
+    """The samples from one event on. Arrays are by the stage's own sources, sorted by name.
+
+    Its word is made when asked for: policies make stages by the thousand, and few are read at any time.
+    """
 
     first: int
     offset: int  # place of sample ``first`` in the endless word: after blocks were skipped it does not begin at 0
     ids: NDArray[np.int32]  # [D] position of each source in Sampler.names
-    weights: Indices  # [D] divided by their greatest common divisor
-    word: NDArray[np.int32]  # [P] which source comes at each place of the period
-    rank: Indices  # [P] how many of the same source came before it in the period
+    weights: tuple[int, ...]  # [D] divided by their greatest common divisor; their sum is the period of the word
     base: Indices  # [sources known then] samples of every source before place 0
 
 
@@ -74,13 +75,13 @@ class Sampler:
             at = bisect_right(self._events, event.first_block, key=lambda past: past.first_block)
             self._events.insert(at, event)
             del self._stages[at:]
-            for later in self._events[at:]:
-                self._stages.append(self._stage(later))
+        for event in self._events[len(self._stages) :]:
+            self._stages.append(self._stage(event))
         self._firsts = np.array([stage.first for stage in self._stages], dtype=np.int64)
 
     def copy(self) -> Sampler:
         """One that may be extended, to see what would come of it."""
-        trial = copy(self)  # stages are shared: to build hundreds anew would take minutes
+        trial = copy(self)
         trial._events, trial._stages = list(self._events), list(self._stages)
         return trial
 
@@ -92,79 +93,96 @@ class Sampler:
         stage_of = np.searchsorted(self._firsts, ks, side="right") - 1
         for number in np.unique(stage_of):
             stage, at = self._stages[number], np.flatnonzero(stage_of == number)
-            period, place = np.divmod(ks[at] - stage.first + stage.offset, len(stage.word))
-            own = stage.word[place]
+            word, rank = balanced_word(stage.weights)
+            period, place = np.divmod(ks[at] - stage.first + stage.offset, len(word))
+            own = word[place]
             source[at] = stage.ids[own]
-            ordinal[at] = stage.base[source[at]] + period * stage.weights[own] + stage.rank[place]
+            ordinal[at] = stage.base[source[at]] + period * np.array(stage.weights)[own] + rank[place]
         epoch, index = np.divmod(ordinal, self._sizes[source])
         keys = mix(self._keys[source] + mix(epoch.astype(np.uint64) * GOLDEN))
         return source, permute(index, self._sizes[source], keys), epoch
 
     def counts(self, k: int) -> dict[str, int]:
         """Blocks of each source consumed before sample ``k``, those skipped among them, in closed form."""
-        number = max(int(np.searchsorted(self._firsts, k, side="right")) - 1, 0)
-        return dict(zip(self.names, map(int, self._counts(k, self._stages[number])), strict=True))
+        stage = self._stages[max(int(np.searchsorted(self._firsts, k, side="right")) - 1, 0)]
+        period, place = divmod(k - stage.first + stage.offset, sum(stage.weights))
+        # a stage's own beginning needs no word: a report asks for those of all stages
+        begun = balanced_word(stage.weights)[0][:place] if place else np.empty(0, dtype=np.int32)
+        counts = self._counts(stage, period, np.bincount(begun, minlength=len(stage.ids)))
+        return dict(zip(self.names, map(int, counts), strict=True))
 
     def shares(self, k: int) -> dict[str, float]:
         """The share of the blocks that each source has at sample ``k``; every source is named."""
         stage = self._stages[max(int(np.searchsorted(self._firsts, k, side="right")) - 1, 0)]
-        present = {self.names[d]: weight / len(stage.word) for d, weight in zip(stage.ids, stage.weights, strict=True)}
+        present = {
+            self.names[d]: weight / sum(stage.weights) for d, weight in zip(stage.ids, stage.weights, strict=True)
+        }
         return {name: float(present.get(name, 0.0)) for name in self.names}
 
-    def _counts(self, k: int, stage: _Stage, skip: int = 0) -> Indices:
-        period, place = divmod(k - stage.first + stage.offset + skip, len(stage.word))
+    def _counts(self, stage: _Stage, period: int, letters: Sequence[int] | Indices) -> Indices:
+        """Consumed once ``period`` words of ``stage`` and the ``letters`` (counts ``[D]``) of the next were read."""
         counts = np.zeros(len(self.names), dtype=np.int64)
         counts[: len(stage.base)] = stage.base
-        counts[stage.ids] += period * stage.weights
-        counts[stage.ids] += np.bincount(stage.word[:place], minlength=len(stage.ids))
+        counts[stage.ids] += period * np.array(stage.weights) + np.array(letters)
         return counts
 
     def _stage(self, event: Event) -> _Stage:
         """The stage that ``event`` opens after the last one there is."""
-        if not event.weights:
-            last = self._stages[-1]
+        last = self._stages[-1] if self._stages else None
+        if last and not event.weights:
             offset = last.offset + event.first_block - last.first + event.skip
             return replace(last, first=event.first_block, offset=offset)
         base = np.zeros(len(self.names), dtype=np.int64)
-        if self._stages:
-            base = self._counts(event.first_block, self._stages[-1], event.skip)
+        if last:
+            read = event.first_block - last.first + last.offset + event.skip
+            period, place = divmod(read, sum(last.weights))
+            base = self._counts(last, period, letters_before(place, last.weights))
         names = sorted(event.weights)
         divisor = math.gcd(*event.weights.values())
         weights = tuple(event.weights[name] // divisor for name in names)
-        word, rank = balanced_word(weights)
         ids = np.array([self.names.index(name) for name in names], dtype=np.int32)
-        return _Stage(event.first_block, 0, ids, np.array(weights, dtype=np.int64), word, rank, base)
+        return _Stage(event.first_block, 0, ids, weights, base)
 
 
 @lru_cache(maxsize=64)
-def balanced_word(weights: tuple[int, ...]) -> tuple[NDArray[np.int32], Indices]:
+def balanced_word(weights: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """A word of length P = sum(weights) with ``weights[d]`` letters d, every prefix of length j holding letter d
     ``j * weights[d] / P`` times to within ``1 - 1 / (2D - 2)`` (Tijdeman 1980); and each letter's rank among its kind.
-
-    Earliest deadline first among the letters already released; integers only.
     """
-    total, scale = sum(weights), max(2 * len(weights) - 2, 1)
-    count = [0] * len(weights)
-
-    def release(d: int) -> int:
-        return -(-(count[d] * scale + 1) * total // (weights[d] * scale)) - 1
-
-    def deadline(d: int) -> int:
-        return ((count[d] + 1) * scale - 1) * total // (weights[d] * scale)
-
-    future = [(release(d), d) for d in range(len(weights))]
-    heapq.heapify(future)
-    ready: list[tuple[int, int]] = []
-    word = np.empty(total, dtype=np.int32)
-    rank = np.empty(total, dtype=np.int64)
-    for place in range(total):
-        while future and (future[0][0] <= place or not ready):
-            _, d = heapq.heappop(future)
-            heapq.heappush(ready, (deadline(d), d))
-        _, d = heapq.heappop(ready)
-        word[place], rank[place] = d, count[d]
-        count[d] += 1
-        if count[d] < weights[d]:
-            heapq.heappush(future, (release(d), d))
+    word = np.array(_spell(weights, sum(weights)), dtype=np.int32)
+    rank = np.empty(len(word), dtype=np.int32)
+    rank[np.argsort(word, kind="stable")] = np.concatenate([np.arange(weight) for weight in weights])
     word.flags.writeable = rank.flags.writeable = False
     return word, rank
+
+
+@lru_cache(maxsize=1 << 16)  # by the borders of stages: when an event comes in the past, those after it are as before
+def letters_before(place: int, weights: tuple[int, ...]) -> tuple[int, ...]:
+    """How often each letter comes in the first ``place`` letters of the word of ``weights``."""
+    return tuple(np.bincount(_spell(weights, place), minlength=len(weights)).tolist()) if place else (0,) * len(weights)
+
+
+def _spell(weights: tuple[int, ...], stop: int) -> list[int]:
+    """The first ``stop`` letters: earliest deadline first among those already released, the lower one of two alike.
+
+    Where none is released the next one to be is taken. Integers only.
+    """
+    total, scale, letters = sum(weights), max(2 * len(weights) - 2, 1), len(weights)
+    releases, keys = [], []
+    for d, weight in enumerate(weights):
+        ordinal = np.arange(min(weight, stop * weight // total + 2), dtype=np.int64)  # no prefix holds more
+        releases.append(-(-(ordinal * scale + 1) * total // (weight * scale)) - 1)
+        deadline = ((ordinal + 1) * scale - 1) * total // (weight * scale)
+        keys.append(deadline * letters + d)
+    release, key = np.concatenate(releases), np.concatenate(keys)
+    order = np.lexsort((key % letters, release))
+    release_of, key_of = release[order].tolist(), key[order].tolist()
+    ready: list[int] = []
+    word = [0] * stop
+    following = 0
+    for place in range(stop):
+        while following < len(key_of) and (release_of[following] <= place or not ready):
+            heapq.heappush(ready, key_of[following])
+            following += 1
+        word[place] = heapq.heappop(ready) % letters
+    return word

@@ -11,8 +11,9 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from lmtrain.data.store import sync_folder
 from lmtrain.data.weights import integer_weights
 from lmtrain.errors import DataError, StorageError, UsageError
 
@@ -56,15 +57,33 @@ class ScheduleLog:
     """
 
     def __init__(self, events: Sequence[Event] = (), path: Path | None = None) -> None:
-        self.events: tuple[Event, ...] = ()
         self.path = path
+        self._events: list[Event] = []
+        self._added: set[str] = set()
         for event in events:
             self._accept(event)
+
+    @property
+    def events(self) -> tuple[Event, ...]:
+        """All of them, in the order they were made."""
+        return tuple(self._events)
 
     @classmethod
     def fixed(cls, weights: Mapping[str, float]) -> ScheduleLog:
         """A log in memory with one event: the recipe's mixture, from block 0."""
         return cls((recipe_event(weights),))
+
+    @classmethod
+    def create(cls, path: Path, events: Sequence[Event]) -> ScheduleLog:
+        """A new log of ``events``, on disk whole or not at all. Raises ValueError for no such list, StorageError."""
+        if path.exists():
+            raise StorageError(f"{path}: there is a schedule log already; move it away, or choose another folder")
+        log = cls(events, path)
+        try:
+            _write_whole(path, log.events)
+        except OSError as error:
+            raise StorageError(f"{path}: {error.strerror}") from error
+        return log
 
     @classmethod
     def open(cls, path: str | Path, weights: Mapping[str, float]) -> ScheduleLog:
@@ -111,26 +130,27 @@ class ScheduleLog:
         if self.path is None:
             return
         try:
+            new = not self.path.exists()
             with open(self.path, "ab+") as file:
-                _drop_torn_line(self.path, file.fileno())
+                _drop_torn_line(file)
                 file.write(event_line(event))
                 file.flush()
                 os.fsync(file.fileno())
+            if new:
+                sync_folder(self.path.parent)
         except OSError as error:
             raise StorageError(f"{self.path}: {error.strerror}") from error
 
     def fork(self, count: int, aside: Path) -> None:
-        """Forget all but the first ``count`` events; the file as it was is kept at ``aside``."""
+        """Forget all but the first ``count`` events; the file as it was is kept at ``aside``. Raises StorageError."""
         assert self.path is not None
-        kept = self.events[:count]
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        with open(partial, "wb") as file:
-            file.write(b"".join(map(event_line, kept)))
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(self.path, aside)
-        os.replace(partial, self.path)
-        self.events = kept
+        kept = self._events[:count]
+        try:
+            os.link(self.path, aside)
+            _write_whole(self.path, kept)
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be forked to {aside}: {error.strerror}") from error
+        self._events, self._added = kept, {name for event in kept for name in event.sources}
 
     def _accept(self, event: Event) -> None:
         if any(weight <= 0 for weight in event.weights.values()):
@@ -139,14 +159,14 @@ class ScheduleLog:
             raise ValueError(f"skip must not be negative, got {event.skip}")
         if not (event.weights or event.skip or event.sources):
             raise ValueError("an event must change weights, skip blocks or add sources")
-        if not self.events and (event.first_block != 0 or not event.weights):
+        if not self._events and (event.first_block != 0 or not event.weights):
             raise ValueError(f"the first event must give weights from block 0, got block {event.first_block}")
         if event.first_block < 0:
             raise ValueError(f"first_block must not be negative, got {event.first_block}")
-        known = {name for past in self.events for name in past.sources}
-        if again := known & event.sources.keys():
+        if again := self._added & event.sources.keys():
             raise ValueError(f"source {min(again)} was added before; an added source keeps its data")
-        self.events = (*self.events, event)
+        self._added |= event.sources.keys()
+        self._events.append(event)
 
 
 def recipe_event(weights: Mapping[str, float], first_block: int = 0, step: int = 0) -> Event:
@@ -178,7 +198,21 @@ def parse_event(row: Mapping[str, Any]) -> Event:
     return Event(*place, int(row["skip"]), sources, int(row["step"]))
 
 
-def _drop_torn_line(path: Path, handle: int) -> None:
+def _write_whole(path: Path, events: Sequence[Event]) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(b"".join(map(event_line, events)))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
+
+
+def _drop_torn_line(file: BinaryIO) -> None:
     """Cut an unfinished last line, or the next event would be glued to it."""
-    data = path.read_bytes()
-    os.ftruncate(handle, data.rfind(b"\n") + 1)
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)

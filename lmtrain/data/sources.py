@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lmtrain.data.config import DataConfig
 from lmtrain.data.foreign import index_file, open_store
+from lmtrain.data.locate import prepared_folders
 from lmtrain.data.manifest import NAME, SPLITS, Manifest, file_digest, open_split
 from lmtrain.data.store import Store
 from lmtrain.data.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ class Source:
 def open_sources(cfg: DataConfig, tokenizer: Tokenizer) -> list[Source]:
     """All sources of ``cfg`` that have a path, in its order. Raises DataError for the first that does not fit."""
     if not cfg.sources:
-        raise DataError(f"data.sources: none given; {_prepare_command('NAME', 'data/x')}")
+        raise DataError(f"data.sources: none given; {_prepare_command('NAME', 'data/x', tokenizer)}")
     return [
         open_source(name, source.path, tokenizer) for name, source in cfg.sources.items() if source.path is not None
     ]
@@ -51,7 +52,7 @@ def open_train(name: str, path: str, cfg: DataConfig) -> Store:
     """The training tokens of a source of a run with ``cfg`` that was opened, and so checked, before."""
     folder = Path(path)
     if (folder / NAME).is_file():
-        return _split(name, folder, "train", Manifest.read(folder))
+        return _split(name, folder, "train", Manifest.read(folder), None)
     return _foreign(name, path, Tokenizer.load(cfg.tokenizer) if folder.suffix == ".npy" else None)
 
 
@@ -61,6 +62,7 @@ def content_digest(path: str) -> str:
     Raises DataError if there is neither.
     """
     folder = Path(path)
+    _refuse_folder_around(path)
     named = folder / NAME if (folder / NAME).is_file() else index_file(_prefix(folder))
     try:
         return file_digest(named)
@@ -102,22 +104,31 @@ def _open(name: str, path: str, tokenizer: Tokenizer | None) -> Source:
     folder = Path(path)
     if (folder / NAME).is_file():
         manifest = Manifest.read(folder)
-        train, heldout = (_split(name, folder, split, manifest) for split in SPLITS)
+        train, heldout = (_split(name, folder, split, manifest, tokenizer) for split in SPLITS)
         return Source(name, path, train, heldout, manifest)
+    _refuse_folder_around(path)
     store = _foreign(name, path, tokenizer)
     _warn_foreign(name, path)
     return Source(name, path, store)
 
 
-def _split(name: str, folder: Path, split: str, manifest: Manifest) -> Store:
-    _check_there(name, folder / split)
+def _refuse_folder_around(path: str) -> None:
+    """Raise DataError, naming what lies inside, if ``path`` is the folder that a prepare call wrote sources into."""
+    inside = [str(folder) for folder in prepared_folders(path)]
+    if inside and inside != [str(Path(path))]:
+        meant = f"did you mean {inside[0]}?" if len(inside) == 1 else f"give one of {', '.join(inside)}"
+        raise DataError(f"{path}: is the folder around prepared sources; {meant}")
+
+
+def _split(name: str, folder: Path, split: str, manifest: Manifest, tokenizer: Tokenizer | None) -> Store:
+    _check_there(name, folder / split, tokenizer)
     return open_split(folder, split, manifest)
 
 
 def _foreign(name: str, path: str, tokenizer: Tokenizer | None) -> Store:
     prefix = _prefix(Path(path))
     if prefix.suffix not in (".ds", ".npy") and not prefix.is_dir():
-        _check_there(name, prefix)
+        _check_there(name, prefix, tokenizer)
     return open_store(prefix, tokenizer)
 
 
@@ -132,13 +143,14 @@ def _warn_foreign(name: str, path: str) -> None:
     log.warning("data.sources.%s: %s has no %s; its tokenizer is taken on trust", name, path, NAME)
 
 
-def _check_there(name: str, prefix: Path) -> None:
+def _check_there(name: str, prefix: Path, tokenizer: Tokenizer | None) -> None:
     """Raise DataError, saying how to make it, unless there is a pair of that prefix."""
     for suffix in (".idx", ".bin"):
         if not os.path.exists(f"{prefix}{suffix}"):
+            out = str(prefix.parent.parent if prefix.name == "train" else prefix.parent)
             raise DataError(
                 f"data.sources.{name}.path: {prefix}{suffix} is missing{_sibling(prefix)}; "
-                f"{_prepare_command(name, str(prefix.parent.parent if prefix.name == 'train' else prefix.parent))}"
+                f"{_prepare_command(name, out, tokenizer)}"
             )
 
 
@@ -151,8 +163,9 @@ def _sibling(prefix: Path) -> str:
     return nearest(prefix.name, {*pairs, *folders})
 
 
-def _prepare_command(name: str, out: str) -> str:
-    return f"make it with: python launch/prepare.py out={out} tokenizer=train:8192 sources.{name}.path=YOUR_TEXT"
+def _prepare_command(name: str, out: str, tokenizer: Tokenizer | None) -> str:
+    made_with = tokenizer.path if tokenizer else "train:8192"
+    return f"make it with: python launch/prepare.py out={out} tokenizer={made_with} sources.{name}.path=YOUR_TEXT"
 
 
 def _check_tokenizer(source: Source, tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from lmtrain.data.best_fit import num_pieces
 from lmtrain.data.index import Index
 from lmtrain.data.locate import Located, locate, prepared_folders
-from lmtrain.data.manifest import NAME, Manifest
+from lmtrain.data.manifest import NAME, SPLITS, Manifest
 from lmtrain.data.manifest import verify as verify_folder
 from lmtrain.data.merge import merge as merge_stores
 from lmtrain.data.pack_plan import PackPlan, plan_folder, plans, write_plan
@@ -41,21 +41,26 @@ def verify(argv: Sequence[str]) -> None:
 
         verify PATH [tokenizer=PATH]
 
-    PATH: as of inspect. Without a manifest there are no digests to compare with, and the range of the ids is checked
-    only against a tokenizer that is given. The first difference is told, with its file and place; exit code 65.
+    PATH: as of inspect; of a prepared folder's train or heldout, the folder. Without a manifest there
+    are no digests to compare with, and the range of the ids is checked only against a tokenizer that is given. The
+    first difference is told, with its file and place; exit code 65.
     """
     (path,), options = _words("verify", argv, 1, ("tokenizer",))
     tokenizer = _tokenizer(options)
+    if Path(path).name in SPLITS and (Path(path).parent / NAME).is_file():
+        path = str(Path(path).parent)
+    trusted = False
     for folder in prepared_folders(path):
         print(summary(str(folder), verify_folder(folder)))
     for located in locate(path, tokenizer):  # a tokenizer that is another is refused here
         for name, store in _named(located):
             if located.manifest is None:
+                trusted = True
                 _verify_foreign(name, store, tokenizer)
             for length in plans(store):
                 PackPlan.open(store, length).verify()
                 print(f"  {plan_folder(store, length)}: verified")
-    print(f"{path}: verified")
+    print(f"{path}: {'verified layout only' if trusted else 'verified'}")
 
 
 def stats(argv: Sequence[str]) -> None:
@@ -123,11 +128,12 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
 def summary(name: str, manifest: Manifest) -> str:
     """A prepared source in one line."""
     train, heldout = manifest.file("train.bin"), manifest.file("heldout.bin")
-    removed = sum(step.get("removed", 0) for step in manifest.pipeline)
+    reasons = {step["step"]: step["removed"] for step in manifest.pipeline if step.get("removed")}
+    why = f" ({', '.join(f'{count:,} {reason}' for reason, count in reasons.items())})" if reasons else ""
     per_token = manifest.bytes_of_text["train"] / max(train.tokens, 1)
     return (
         f"  {name}: {train.documents:,} documents, {train.tokens:,} tokens, {per_token:.2f} bytes per token; held out "
-        f"{heldout.documents:,} documents, {heldout.tokens:,} tokens; left out {removed:,} documents"
+        f"{heldout.documents:,} documents, {heldout.tokens:,} tokens; left out {sum(reasons.values()):,} documents{why}"
     )
 
 

@@ -27,7 +27,7 @@ def settle_log(
     path = run_dir / SCHEDULE
     then = [parse_event({"format_version": 1, "order_version": 1, **row}) for row in saved.get("events", [])]
     if then and not path.exists():
-        _take_over(path, then, recipe_event(weights, first_block, step))
+        ScheduleLog.create(path, _taken_over(then, recipe_event(weights, first_block, step)))
     log = ScheduleLog.open(path, weights)
     for number, event in enumerate(then):
         if log.events[number : number + 1] != (event,):
@@ -36,11 +36,14 @@ def settle_log(
                 f"{path}:{number + 1}: not the log of the checkpoint of step {step}, which has {event}; the file has "
                 f"{has}: put the run's own file back, or continue from another checkpoint"
             )
-    if fork and len(log.events) > len(then) and then:
+    kept = len(then)
+    if [event.origin for event in log.events[kept : kept + 1]] == ["recipe"]:
+        kept += 1  # the mixture this run begins with, alone or after the events of a branch
+    if fork and len(log.events) > kept:
         number = 1
         while (aside := path.with_name(f"schedule-forked-{number}.jsonl")).exists():
             number += 1
-        log.fork(len(then), aside)
+        log.fork(kept, aside)
     return log
 
 
@@ -49,10 +52,6 @@ def last_step(metrics: Path) -> int:
     return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
 
 
-def _take_over(path: Path, events: list[Event], own: Event) -> None:
-    log = ScheduleLog(path=path)
-    for event in events:
-        log.append(event)
+def _taken_over(events: list[Event], own: Event) -> list[Event]:
     theirs = [event.weights for event in events if event.origin == "recipe"][-1]
-    if theirs != own.weights:
-        log.append(own)
+    return events if theirs == own.weights else [*events, own]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from lmtrain.checkpoint.lock import RunLock
+from lmtrain.checkpoint.lock import RunLock, holder
 from lmtrain.config.load import load
 from lmtrain.config.recipe import Recipe
 from lmtrain.data.loader import Loader
@@ -20,9 +21,12 @@ from lmtrain.data.sampler import Sampler
 from lmtrain.data.schedule import Event, ScheduleLog
 from lmtrain.errors import EXIT_DONE, LmtrainError, StorageError, UsageError, nearest
 from lmtrain.pretrain.log import METRICS, SCHEDULE, last_step
-from lmtrain.train.mixture import REQUEST, describe
+from lmtrain.train.mixture import describe
+from lmtrain.train.request_file import REQUEST
 
 BAR, ROWS = 60, 24
+HOLDER = "schedule"
+"""Who has the lock of a run that does not train while its log is changed."""
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -120,7 +124,7 @@ def _plot(run: Run, given: dict[str, str]) -> str:
 
 
 def _set(run: Run, given: dict[str, str]) -> str:
-    weights = {name: value for name, value in given.items() if name not in ("at", "reason")}
+    weights = _sources(given, "weights", "at", "reason")
     if not weights:
         raise UsageError("set: expected SOURCE=SHARE, got none")
     return _request(run, {"weights": weights}, given)
@@ -134,9 +138,11 @@ def _skip(run: Run, given: dict[str, str]) -> str:
 
 
 def _add(run: Run, given: dict[str, str]) -> str:
-    paths = {name: value for name, value in given.items() if name not in ("share", "at", "reason")}
+    paths = _sources(given, "add", "share", "at", "reason")
     if len(paths) != 1:
         raise UsageError(f"add: expected one SOURCE=PATH, got {len(paths)}")
+    # the run may have another working folder
+    paths = {name: str(Path(path).absolute()) for name, path in paths.items()}
     share = {"weights": dict.fromkeys(paths, given["share"])} if "share" in given else {}
     return _request(run, {"add": paths, **share}, given)
 
@@ -148,6 +154,14 @@ VERBS: dict[str, Callable[[Run, dict[str, str]], str]] = {
     "skip": _skip,
     "add": _add,
 }
+
+
+def _sources(given: dict[str, str], key: str, *words: str) -> dict[str, str]:
+    """What is given by source: all but ``words``. A source of such a name is called ``key.NAME``, as any may be."""
+    named = [(name.removeprefix(f"{key}."), value) for name, value in given.items() if name not in words]
+    if len(dict(named)) != len(named):
+        raise UsageError("a source is given twice")
+    return dict(named)
 
 
 def _only(given: dict[str, str], *known: str) -> None:
@@ -162,8 +176,12 @@ def _request(run: Run, wanted: dict[str, object], given: dict[str, str]) -> str:
     text = yaml.safe_dump(wanted, sort_keys=False)
     request = MixRequest.parse(text)
     try:
-        lock = RunLock(run.path, "schedule")
-    except StorageError:
+        lock = RunLock(run.path, HOLDER)
+    except StorageError as error:
+        if not isinstance(error.__cause__, BlockingIOError):
+            raise  # nobody has it, but we cannot
+        if (holder(run.path) or {}).get("start_id") == HOLDER:
+            raise UsageError(f"{run.path}: another launch/schedule.py changes it; try again") from error
         return _ask(run, request, text)
     try:
         return _append(Run.open(run.path), request)  # as it is now that nobody else writes
@@ -176,13 +194,20 @@ def _ask(run: Run, request: MixRequest, text: str) -> str:
     _admitted(run, request)  # the run checks it too, but here the person is told at once
     target = run.path / "control" / REQUEST
     partial = target.with_name(f".{REQUEST}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
     try:
-        os.link(partial, target)
+        target.parent.mkdir(exist_ok=True)
+        with partial.open("x", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(partial, target)  # whole at once, and unlike a rename never over another request
     except FileExistsError:
         raise UsageError(f"{target} is there already: the run has not answered it yet; try again later") from None
+    except OSError as error:
+        raise StorageError(f"{target}: {error.strerror}; nothing was asked") from error
     finally:
-        partial.unlink()
+        with contextlib.suppress(OSError):  # not made, or no longer reachable
+            partial.unlink()
     return f"{target}: written; the run answers after its next step, and renames the file"
 
 

@@ -94,8 +94,9 @@ class Trainer:
                 self.engine.num_sources = len(self.loader.source_names)
             self.progress.step = data.step + 1
             self.progress.tokens += info.num_targets
-            self._record(info, lr, wait)
+            # in this order: a step that is on record was asked about, and its event is in the log
             self.mixture.observe(self.progress.step, info)
+            self._record(info, lr, wait)
             guard.observe(self.progress.step, info.loss, info.skipped)
             self.progress.guard = guard.state_dict()
             stopped, save = bool(info.flags[0]), bool(info.flags[1])
@@ -144,13 +145,12 @@ class Trainer:
             "data_wait_seconds": wait,
             "token_hash": token_hash(info.flags[3:].view(-1, 2)),
         }
-        # a source that came in this step has no losses yet
-        for name, (nats, targets) in zip(self.loader.source_names, info.source_loss.tolist(), strict=False):
-            if targets:
-                values[f"source_loss.{name}"] = nats / targets
+        for name, (nats, targets) in self.mixture.losses(info).items():
+            values[f"source_loss.{name}"] = nats / targets
+        available = self.loader.tokens_available
         for name, tokens in self.loader.tokens_read(step).items():
             values[f"source_tokens.{name}"] = tokens
-            values[f"source_epochs.{name}"] = tokens / self.loader.tokens_available[name]
+            values[f"source_epochs.{name}"] = tokens / available[name] if available[name] else 0.0
         if info.router_load:
             values["branch_loss"] = info.branch_loss
             values |= {f"router_load.{place}": load.tolist() for place, load in info.router_load.items()}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import xxhash
 
 from lmtrain.checkpoint.ranks import Ranks
 from lmtrain.data.loader import Loader
@@ -18,14 +16,14 @@ from lmtrain.data.policies.static import Static
 from lmtrain.data.schedule import Event, ScheduleLog, event_row
 from lmtrain.data.weights import COARSE_PERIOD, integer_weights
 from lmtrain.engine.protocol import StepInfo
-from lmtrain.errors import LmtrainError, StorageError, UsageError
-
-REQUEST = "mix.yaml"
+from lmtrain.errors import LmtrainError, UsageError
+from lmtrain.train.request_file import REQUEST, Request, RequestFile
 
 
 @dataclass
 class Mixture:
-    """Events of one attempt. An event is in the log, on disk, before any rank hears of it.
+    """Events of one attempt. An event is in the log, on disk, before any rank takes it; one that adds sources is
+    logged when every rank could open them.
 
     log: on rank 0 the file's, elsewhere None. policy, control (the run's ``control`` folder), note (a line for the
     console): used on rank 0. recorded: the last step some earlier attempt recorded; until then nothing is proposed, for
@@ -41,25 +39,37 @@ class Mixture:
     recorded: int
     note: Callable[[str], None]
     _told: int = field(init=False)
+    _candidate: Event | None = field(init=False, default=None)  # on rank 0: its sources are not opened everywhere yet
+    _left: str = field(init=False, default="")  # mark of the request that an attempt before this one left
+    _stuck: str = field(init=False, default="")  # mark of an answered request that would not take another name
 
     def __post_init__(self) -> None:
         self._told = self.loader.log_length
+        self._file = RequestFile(self.control)
+        if self.log is not None:
+            self._left = _mark_of(self._file)
 
     @property
     def grew(self) -> bool:
-        """Whether this rank's log has events that not all ranks know: a flag of the next step."""
-        return self.log is not None and len(self.log.events) > self._told
+        """Whether this rank has events that not all ranks know: a flag of the next step."""
+        return self.log is not None and (self._candidate is not None or len(self.log.events) > self._told)
+
+    def losses(self, info: StepInfo) -> dict[str, tuple[float, float]]:
+        """Nats and targets of each source that the step read."""
+        # a source that came in this step has no losses yet
+        pairs = zip(self.loader.source_names, info.source_loss.tolist(), strict=False)
+        return {name: (nats, targets) for name, (nats, targets) in pairs if targets}
 
     def observe(self, step: int, info: StepInfo) -> None:
         """Learn from the ``step``-th step, and log what follows. On rank 0."""
         if self.log is None:
             return
         tokens, bits = {}, {}
-        # a source that came in this step has no losses yet
-        for name, (nats, targets) in zip(self.loader.source_names, info.source_loss.tolist(), strict=False):
-            if targets and math.isfinite(nats):
+        for name, (nats, targets) in self.losses(info).items():
+            length = self.loader.catalog.bytes_per_token[name]
+            if math.isfinite(nats) and length > 0:
                 tokens[name] = targets
-                bits[name] = nats / targets / math.log(2) / self.loader.catalog.bytes_per_token[name]
+                bits[name] = nats / targets / math.log(2) / length
         if info.skipped is None:
             self.policy.observe(step, tokens, bits)
         if step >= self.total_steps:
@@ -79,9 +89,26 @@ class Mixture:
 
     def share(self) -> None:
         """Tell all ranks the events they do not know; collective, in the step whose flags said so."""
+        candidate = self.ranks.on_first(lambda: self._candidate)
+        if candidate is not None:
+            self._decide(candidate)
         news: list[Event] = self.ranks.on_first(lambda: list(self.log.events[self._told :]) if self.log else [])
         self.ranks.together(lambda: self.loader.extend(news))
         self._told += len(news)
+
+    def _decide(self, candidate: Event) -> None:
+        """Log what adds sources if every rank can open them; else refuse it, and training goes on."""
+        refusals = self.ranks.together(lambda: _refusal(lambda: self.loader.admit(candidate, None)))
+        self._candidate = None
+        refused = [(rank, why) for rank, why in enumerate(refusals) if why]
+        if not refused:
+            self.ranks.on_first(lambda: self.log.append(candidate) if self.log else None)
+        if self.log is None:
+            return
+        if refused:
+            self._reject(candidate.step, "; ".join(f"on rank {rank}: {why}" for rank, why in refused))
+        else:
+            self._applied(candidate)
 
     def _propose(self, step: int, earliest: int) -> None:
         sampler, schedule = self.loader.sampler, self.loader.schedule
@@ -89,60 +116,62 @@ class Mixture:
         if self.grew:
             return  # a person spoke in this step; the policy sees what came of it in the next
         tokens = {name: count * self.loader.block_tokens for name, count in sampler.counts(earliest).items()}
-        weights = self.policy.propose(
-            step,
-            Progress(
-                tokens=tokens,
-                available=self.loader.tokens_available,
-                total=schedule.tokens(self.total_steps),
-                weights=_newest(self.log, {"recipe", "policy", "user"}),
-                proposed=_newest(self.log, {"recipe", "policy"}),
-            ),
-        )
-        if weights is None or earliest >= schedule.first_block(self.total_steps):
-            return
         kind = self.loader.cfg.policy.kind
-        event = Event(earliest, "policy", kind, integer_weights(weights, COARSE_PERIOD), step=step)
-        try:
-            self.loader.admit(event, None)
-        except LmtrainError as error:
-            self.note(f"WARNING: the policy's mixture after step {step} is refused: {error}")
-            return
-        self.log.append(event)
-        self.note(f"policy {kind}: {describe(event, self.loader.block_tokens)}")
+        progress = Progress(
+            done=earliest * self.loader.block_tokens,
+            tokens=tokens,
+            available=self.loader.tokens_available,
+            total=schedule.tokens(self.total_steps),
+            weights=_in_force(self.log.events, {"recipe", "policy", "user"}, earliest),
+            proposed=_in_force(self.log.events, {"recipe", "policy"}, earliest),
+        )
+        made: list[Event] = []
+
+        def make() -> None:
+            weights = self.policy.propose(step, progress)
+            if weights is not None and earliest < schedule.first_block(self.total_steps):
+                event = Event(earliest, "policy", kind, integer_weights(weights, COARSE_PERIOD), step=step)
+                self.loader.admit(event, None)
+                made.append(event)
+
+        if why := _refusal(make):
+            self.note(f"WARNING: the policy's mixture after step {step} is refused: {why}")
+        for event in made:
+            self.log.append(event)
+            self.note(f"policy {kind}: {describe(event, self.loader.block_tokens)}")
 
     def _answer_request(self, step: int, earliest: int) -> None:
         """Do what ``control/mix.yaml`` asks, or say why not; either way the file gets another name."""
-        request = self.control / REQUEST
-        try:
-            data, stamp = request.read_bytes(), request.stat().st_mtime_ns
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            self._settle(step, "rejected", f"cannot be read: {error.strerror}")
-            return
         assert self.log is not None
-        # names this very file, should a crash come between the log's line and the file's new name
-        mark = f"control/{REQUEST} {xxhash.xxh3_64_hexdigest(data, seed=stamp % 2**64)}"
-        if any(mark in event.reason for event in self.log.events):
+        found: list[Request | None] = []
+        why = _refusal(lambda: found.append(self._file.read()))
+        request = found[0] if found else None
+        mark = request.mark if request else "unreadable" if why else ""
+        if not mark or mark == self._stuck:
+            return
+        if request is None:
+            self._stuck = mark
+            self._reject(step, why)
+            return
+        self._stuck = mark  # until it has another name
+        left, self._left = self._left, ""
+        if mark == left and any(mark in event.reason for event in self.log.events):
             self._settle(step, "applied")
+            self.note(f"control/{REQUEST} is in the log already: a crash came before it was renamed")
             return
-        try:
-            event = self._event(data, mark, step, earliest)
-        except LmtrainError as error:
-            self._settle(step, "rejected", str(error))
-            self.note(f"WARNING: control/{REQUEST} is refused: {error}; training goes on")
-            return
-        self.log.append(event)
-        self._settle(step, "applied")
-        self.note(f"control/{REQUEST}: {describe(event, self.loader.block_tokens)}")
+        events: list[Event] = []
+        why = _refusal(lambda: events.append(self._event(request, step, earliest)))
+        if why:
+            self._reject(step, why)
+        elif events[0].sources:
+            self._candidate = events[0]
+        else:
+            self.log.append(events[0])
+            self._applied(events[0])
 
-    def _event(self, data: bytes, mark: str, step: int, earliest: int) -> Event:
-        try:
-            request = MixRequest.parse(data.decode("utf-8"))
-        except UnicodeDecodeError:
-            raise UsageError("not UTF-8 text") from None
-        event = request.event(
+    def _event(self, request: Request, step: int, earliest: int) -> Event:
+        assert self.log is not None
+        event = MixRequest.parse(request.text()).event(
             self.loader.sampler,
             block_tokens=self.loader.block_tokens,
             earliest=earliest,
@@ -150,23 +179,36 @@ class Mixture:
             now=self.loader.schedule.tokens(step),
             step=step,
         )
-        event = replace(event, reason=f"{event.reason} [{mark}]".strip())
+        refuse_undone(event, self.log.events, self.loader.block_tokens)
+        event = replace(event, reason=f"{event.reason} [{request.mark}]".strip())
         self.loader.admit(event, self.total_steps if isinstance(self.policy, Static) else None)
         return event
 
+    def _applied(self, event: Event) -> None:
+        self._settle(event.step, "applied")
+        self.note(f"control/{REQUEST}: {describe(event, self.loader.block_tokens)}")
+
+    def _reject(self, step: int, why: str) -> None:
+        self._settle(step, "rejected", why)
+        self.note(f"WARNING: control/{REQUEST} is refused: {why}; training goes on")
+
     def _settle(self, step: int, outcome: str, reason: str = "") -> None:
-        """Give the request the name of its outcome, with the reason in a file beside it."""
-        target = self.control / f"mix.{outcome}-{step}.yaml"
-        number = 1
-        while target.exists():
-            number += 1
-            target = self.control / f"mix.{outcome}-{step}-{number}.yaml"
         try:
-            if reason:
-                target.with_suffix(".txt").write_text(reason + "\n", encoding="utf-8")
-            (self.control / REQUEST).rename(target)
+            self._file.settle(step, outcome, reason)
+            self._stuck = ""
         except OSError as error:
-            raise StorageError(f"{target}: {error.strerror}") from error
+            self.note(f"WARNING: control/{REQUEST} is {outcome}, but cannot be renamed: {error}; it is not read again")
+
+
+def refuse_undone(event: Event, events: Sequence[Event], block_tokens: int) -> None:
+    """Raise UsageError if ``event`` sets a mixture that a policy's later one in the log would bring to an end."""
+    later = [past for past in events if past.weights and past.first_block > event.first_block]
+    made = [past.first_block for past in later if past.origin == "policy"]
+    if event.weights and made:
+        raise UsageError(
+            f"the log has {len(made)} later mixtures of the policy, made before the run was resumed, which would undo "
+            f"it; give at: {max(made) * block_tokens} or later, or forget them by a start with schedule.fork=true"
+        )
 
 
 def describe(event: Event, block_tokens: int) -> str:
@@ -180,6 +222,24 @@ def describe(event: Event, block_tokens: int) -> str:
     return f"from token {event.first_block * block_tokens:,} on: {'; '.join(parts)}"
 
 
-def _newest(log: ScheduleLog, origins: set[str]) -> dict[str, int]:
-    """The weights of the newest event of one of ``origins`` that gives some."""
-    return next(event.weights for event in reversed(log.events) if event.weights and event.origin in origins)
+def _in_force(events: Sequence[Event], origins: set[str], block: int) -> dict[str, int]:
+    """The weights that hold at ``block`` of all events of ``origins``; of two at one place, those made last."""
+    reached = [event for event in events if event.weights and event.origin in origins and event.first_block <= block]
+    return max(reversed(reached), key=lambda event: event.first_block).weights
+
+
+def _refusal(attempt: Callable[[], object]) -> str:
+    """Why ``attempt`` failed, in one line; empty if it did not."""
+    try:
+        attempt()
+    except LmtrainError as error:
+        return str(error)
+    except Exception as error:  # whatever a file or a loss holds must not end a run
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _mark_of(file: RequestFile) -> str:
+    marks: list[str] = []
+    _refusal(lambda: marks.extend(request.mark for request in [file.read()] if request))
+    return marks[0] if marks else ""

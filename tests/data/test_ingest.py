@@ -158,7 +158,7 @@ def test_a_second_run_does_nothing_or_refuses(
     cfg = config(a=path)
     first, made = prepare(cfg)
     assert made and prepare(cfg) == (first, False) and prepare(dataclasses.replace(cfg, workers=2)) == (first, False)
-    with pytest.raises(UsageError, match=r"out/a: made from other text or settings; overwrite=true replaces it"):
+    with pytest.raises(UsageError, match=r"out/a: made from .* \(heldout: was 0.2, is 0.5\); overwrite=true"):
         prepare(dataclasses.replace(cfg, heldout=0.5))
     with pytest.raises(UsageError, match=r"a tokenizer is there already; tokenizer=.*out/tokenizer.json adds sources"):
         prepare(dataclasses.replace(cfg, tokenizer="train:300", sources={"b": SourceOptions(path)}))
@@ -177,7 +177,13 @@ def test_refusals(tmp_path: Path, config: Callable[..., PrepareConfig], write_js
         (config(heldout=1.0, a=empty), UsageError, "heldout: must be at least 0 and below 1, got 1.0"),
         (dataclasses.replace(good, workers=0), UsageError, "workers: must be at least 1"),
         (dataclasses.replace(good, tokenizer="train:2k"), UsageError, "expected train:N with a .* got train:2k"),
-        (config(a=empty), DataError, r"no text to train on \(1 documents, 1 empty, 0 held out\)"),
+        (
+            config(a=empty),
+            DataError,
+            r"empty.jsonl: no text to .* \(1 document, 1 empty, 0 held out\); give more$",
+        ),
+        (dataclasses.replace(good, tokenizer="train:100"), UsageError, "train:100: at least 257 ids are needed"),
+        (dataclasses.replace(good, sources={"a": SourceOptions("none/x/y", fim_rate=0.5)}), DataError, "it lacks the"),
     ]:
         with pytest.raises(kind, match=message):
             prepare(cfg)
@@ -192,7 +198,7 @@ def test_one_document_cannot_be_split(
     tmp_path: Path, config: Callable[..., PrepareConfig], write_jsonl: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     prepare(config(heldout=1e-9, a=write_jsonl(tmp_path / "a.jsonl", [{"text": "words"}])))
-    assert "a: nothing held out (1 documents, 0 held out); raise heldout" in caplog.text
+    assert "a: nothing held out (1 document, 0 held out); raise heldout" in caplog.text
     assert verify(tmp_path / "out" / "a").bytes_of_text == {"train": 5, "heldout": 0}
 
 

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from lmtrain.data.batch import IGNORE
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.loader import Loader
+from lmtrain.data.policies.epochs import check_epochs
 from lmtrain.data.reader import StepData, token_hash
 from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
 from lmtrain.data.sources import check_sources, content_digest
@@ -254,11 +255,13 @@ def test_lengths_that_do_not_divide_name_the_nearest(data_config: Config) -> Non
 
 def test_epochs_are_limited(data_config: Config) -> None:
     reader = loader(data_config(max_epochs=9))
-    assert reader.check(1) == []
     often = next(steps for steps in range(1, 1000) if max(epochs(reader, steps)) > 4)
-    assert any("is read 4." in warning for warning in reader.check(often)) and reader.check(often - 1) == []
+    warned = [check_epochs(reader.tokens_read(steps), reader.tokens_available, 9) for steps in (1, often - 1, often)]
+    assert warned[:2] == [[], []] and any("is read 4." in warning for warning in warned[2])
+    event = Event(16, "user", "", skip=1)
+    reader.admit(event, often)
     with pytest.raises(UsageError, match=r"needs [\d,]+ tokens, it has [\d,]+ \([\d.]+ epochs, .* is 9\)"):
-        reader.check(1000)
+        reader.admit(event, 1000)
 
 
 def epochs(reader: Loader, steps: int) -> list[float]:

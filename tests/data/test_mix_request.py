@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -49,30 +50,61 @@ def test_a_new_source_is_named_by_its_content(tmp_path: Path) -> None:
     assert set(event.weights) == {"code", "docs", "rare", "news"}
 
 
+def test_paths_are_of_the_folder_where_the_request_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert MixRequest.parse("add: {news: data/news}").add == {"news": str(tmp_path / "data" / "news")}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "expected keys (weights, skip, add, at, reason) and values"),
         ("- 1", "expected keys"),
-        ("weights: [", "not YAML"),
-        ("!!python/object/apply:os.system ['true']", "not YAML"),
+        ("weights: {", "not YAML"),
+        ("weights: " + "[" * 5000, "line 1: expected KEY: TEXT or KEY: {NAME: TEXT}, got a list or deeper levels"),
+        ("skip: 1\nadd: {a: {b: c}}", "line 2: expected KEY: TEXT or KEY: {NAME: TEXT}"),
+        ("[a]: 1", "line 1: expected KEY: TEXT"),
+        ("? {a: 1}\n: 1", "line 1: expected KEY: TEXT"),
+        ("skip: 1\n---\nskip: 2", "expected one YAML document, got more"),
+        ("skip: 1\n" + " " * 70_000, "expected at most 65,536 characters, got 70,008"),
+        ("skip: 1\nskip: 2", "line 2: skip is given twice"),
+        ("weights: {code: 0.1, code: 0.9}", "line 1: code is given twice"),
+        ("!!python/object/apply:os.system ['true']", "line 1: YAML tags, anchors and aliases are not read here"),
+        ("reason: &a x\nskip: *a", "line 1: YAML tags, anchors and aliases"),
+        ("skip: !!binary aaa", "line 1: YAML tags"),
+        ('skip: "\\UFFFFFFFF"', "not YAML"),
+        (f"%YAML 1.{'9' * 5000}\n---\nskip: 1", "not YAML"),
         ("wieghts: {code: 1}", "wieghts: unknown key; did you mean weights?"),
         ("reason: x", "nothing to do: give weights, skip or add"),
         ("weights: {}", "weights: expected {source: value}, got {}"),
+        ("weights: 1", "weights: expected {source: value}, got '1'"),
+        ("skip: {a: 1}", "skip: expected text, got {'a': '1'}"),
         ("weights: {code: much}", "weights.code: expected a share, got 'much'"),
         ("weights: {cod: 0.1}", "weights.cod: no source of this run; did you mean code?"),
-        ("weights: {code: -0.1}", "weights.code: expected a share of at least 0, got -0.1"),
-        ("weights: {code: .nan}", "got nan"),
+        ("weights: {code: -0.1}", "weights.code: expected a share from 0 to 1e+09, got -0.1"),
+        ("weights: {code: nan}", "got nan"),
+        ("weights: {code: .nan}", "expected a share, got '.nan'"),
+        ("weights: {code: true}", "expected a share, got 'true'"),
+        ("weights: {code: 1e308, docs: 1e308, rare: 1}", "weights.code: expected a share from 0 to 1e+09, got 1e+308"),
+        (f"weights: {{code: {'9' * 5000}}}", "got inf"),
+        (f"weights: {{code: 0x{'f' * 400}}}", "expected a share, got '0xfff"),
+        ('weights: {"a\\nb": 1}', "weights.'a\\nb': no source of this run"),
+        ('"a\\nb": 1', "'a\\nb': unknown key"),
         ("weights: {code: 0.7, docs: 0.7}", "shares of code, docs sum to 1.4, more than the whole; rare are read too"),
         ("weights: {code: 0, docs: 0, rare: 0}", "nothing would be read: code, docs, rare get 0"),
-        ("skip: 1.5", "skip: expected a number of tokens (2000000, 2e6, 2M), got 1.5"),
+        ("skip: 1.5", "skip: expected a number of tokens (2000000, 2e6, 2M), got '1.5'"),
         ("skip: -3", "skip: expected a number of tokens"),
+        (f"skip: {'9' * 5000}", "skip: expected a number of tokens (2000000, 2e6, 2M), got '999"),
+        ("skip: 9001", "skip: 9,100 tokens are more than the run reads in all, 9,000"),
+        ("skip: 1e30", "tokens are more than the run reads in all, 9,000"),
+        ("skip: 1\nat: 2026-13-01", "at: expected a number of tokens"),
         ("skip: true", "skip: expected a number of tokens"),
         ("skip: 5\nat: 3900", "at: 3,900 tokens is too early; the first that can still change are at 4,000"),
         ("skip: 5\nat: 9000", "it would take effect at 9,000 tokens, the run ends at 9,000"),
         ("add: {code: x}", "add.code: there is a source of that name"),
         ("add: {a-b: x}", "add: 'a-b' is no name"),
-        ("add: {news: 3}", "add.news: expected a path, got 3"),
+        ("add: {news: }", "add.news: expected a path, got ''"),
+        ('add: {news: "a\\nb"}', "add.news: expected a path, got 'a\\nb'"),
         ("add: {news: gone/by}", "gone/by.idx: No such file or directory; a source is a folder made by"),
     ],
 )
@@ -83,11 +115,30 @@ def test_what_is_refused(text: str, message: str) -> None:
 
 
 def test_numbers_of_tokens() -> None:
-    given = [2000000, "2e6", 2e6, "2M", "2_000_000", "2,000k", "0.002G"]
+    given = ["2000000", "2e6", "2.0e+6", "2M", "2_000_000", "2,000k", "0.002G"]
     assert [tokens_of("k", value) for value in given] == [2_000_000] * len(given)
 
 
-@given(st.text())
+def test_a_plus_is_from_now_with_and_without_quotes() -> None:
+    assert [MixRequest.parse(f"skip: 1\nat: {at}").at for at in ("+3000", "'+3000'", "+3e3", "3e3")] == [
+        (3000, True), (3000, True), (3000, True), (3000, False),
+    ]  # fmt: skip
+
+
+def test_words_of_yaml_are_text() -> None:
+    request = MixRequest.parse("weights: {no: 0.5, on: 0.1}\nreason: 2026-99-99")
+    assert request == MixRequest({"no": 0.5, "on": 0.1}, reason="2026-99-99")
+
+
+@given(
+    st.one_of(
+        st.text(),
+        st.text(alphabet="{}[]:,-?&*!%\"'\\ \nUx09aweights+"),
+        st.recursive(st.text(max_size=9), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)).map(
+            yaml.safe_dump
+        ),
+    )
+)
 def test_any_text_is_a_request_or_one_error(text: str) -> None:
     try:
         MixRequest.parse(text)

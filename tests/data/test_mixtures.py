@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.policies.config import Kind, PolicyConfig, StageConfig
 from lmtrain.data.policies.epochs import check_epochs, effective_tokens
 from lmtrain.data.policies.limits import Limited, between
@@ -75,7 +76,7 @@ def test_first_mixtures(cfg: PolicyConfig, expected: dict[str, float]) -> None:
 def bounded(draw: st.DrawFn) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     count = draw(st.integers(1, 6))
     share = st.floats(0, 1)
-    weights = draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=count, max_size=count))
+    weights = draw(st.lists(st.one_of(st.just(0.0), st.floats(1e-3, 1e3)), min_size=count, max_size=count))
     weights[draw(st.integers(0, count - 1))] = 1.0
     low = [draw(share) / count for _ in range(count)]
     high = [min(part + draw(share), 1.0) for part in low]
@@ -141,18 +142,17 @@ def test_proposals_keep_their_distance() -> None:
 def test_no_source_is_read_more_often_than_allowed() -> None:
     # 400 of 1000 tokens are read; rare has 100 a pass, of at most 2: 140 are read, so 60 of the 600 that remain
     names = {"code": 1.0, "rare": 1.0}
-    at = Progress({"code": 260, "rare": 140}, {"code": 10**6, "rare": 100}, 1000, integer_weights(names), {"code": 1})
+    sizes, mixture = {"code": 10**6, "rare": 100}, integer_weights(names)
+    at = Progress(400, {"code": 260, "rare": 140}, sizes, 1000, mixture, {"code": 1})
     policy = limited({"code": 1.0, "rare": 1.0}, max_epochs=2)
     assert policy.propose(100, at) == pytest.approx({"code": 0.9, "rare": 0.1})
-    spent = Progress(
-        {"code": 200, "rare": 200}, {"code": 10**6, "rare": 100}, 1000, integer_weights(names), {"rare": 1}
-    )
+    spent = Progress(400, {"code": 200, "rare": 200}, sizes, 1000, mixture, {"rare": 1})
     assert policy.propose(100, spent) == pytest.approx({"code": 1.0, "rare": 0.0}), "epochs win over the floor"
 
 
 def test_an_impossible_mixture_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
     names = {"code": 1.0, "rare": 1.0}
-    at = Progress({"code": 0, "rare": 0}, {"code": 100, "rare": 100}, 1000, integer_weights(names), {"code": 1})
+    at = Progress(0, {"code": 0, "rare": 0}, {"code": 100, "rare": 100}, 1000, integer_weights(names), {"code": 1})
     assert limited(names, max_epochs=2).propose(100, at) is None
     assert "no mixture of code, rare keeps" in caplog.text
 
@@ -193,6 +193,8 @@ def test_a_stage_is_proposed_once_and_leaves_a_person_alone_in_between() -> None
     policy = staged(None, {"late": StageConfig(at=500, weights={"code": 1.0})})
     first, late, by_hand = ({"code": 1, "docs": 1}, {"code": 4096}, {"web": 7})
     assert policy.propose(1, progress(first, done=498, proposed=first)) is None
+    skipped = {"code": 400, "docs": 400}
+    assert policy.propose(1, progress(first, done=498, tokens=skipped, proposed=first)) is None, "skips are no progress"
     assert policy.propose(2, progress(first, done=500, proposed=first)) == {"code": 1.0}
     assert policy.propose(3, progress(late, done=502, proposed=late)) is None
     assert policy.propose(3, progress(by_hand, done=502, proposed=late)) is None
@@ -211,6 +213,11 @@ def test_bad_stages_are_refused(stage: StageConfig, message: str) -> None:
         staged(None, {"late": stage})
 
 
+def with_synthetic(policy: PolicyConfig, weight: float = 0.1) -> DataConfig:
+    sources = {"text": SourceConfig("text"), "recall": SourceConfig(synthetic="package.module:recall", weight=weight)}
+    return DataConfig("tokenizer.json", 32, sources, policy=policy)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -225,11 +232,18 @@ def test_bad_stages_are_refused(stage: StageConfig, message: str) -> None:
         (lambda: StageConfig(at=5, weights={"a": 0.0}), "weights: every weight is 0"),
         (lambda: make(PolicyConfig("ado", floor=0.4), THIRDS, RUN), "at most 0.3333"),
         (lambda: make(PolicyConfig(), {"a": 0.0}, RUN), "every weight is 0"),
+        (lambda: with_synthetic(PolicyConfig(first="proportional")), r"policy.first: .* source recall is synthetic"),
+        (lambda: with_synthetic(PolicyConfig(first="temperature", tau=2.0)), "temperature goes by the tokens"),
     ],
 )
 def test_settings_that_cannot_work(build: Callable[[], Any], message: str) -> None:
     with pytest.raises((ValueError, UsageError), match=message):
         build()
+
+
+def test_a_synthetic_source_has_no_size_to_go_by() -> None:
+    with_synthetic(PolicyConfig(first="unimax"))
+    with_synthetic(PolicyConfig(first="proportional"), weight=0.0)
 
 
 def test_epochs() -> None:

@@ -149,6 +149,10 @@ def test_plans_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         ({"format_version": 2}, "format_version 2, this version reads 1"),
         ({"surprise": 1}, "not a plan: .*surprise"),
         ({"digests": {}}, r"blocks.npy: not readable: 'blocks'"),
+        (
+            {"algorithm": "first_fit/3"},
+            r"x.pack-4: made by first_fit/3, .* plans by best_fit_.*; .* pack .*/x length=4",
+        ),
         ({"num_pieces": 9}, r"starts.npy: expected 9 x <i8, found"),
     ]:
         header.write_text(json.dumps({**row, **change}), encoding="utf-8")

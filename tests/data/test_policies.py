@@ -95,6 +95,21 @@ def test_odm_does_not_overflow() -> None:
     assert proposal == pytest.approx({"code": 1 - 2 * floor, "docs": floor, "web": floor})
 
 
+@pytest.mark.parametrize("kind", ["odm_exp3", "odm_smoothed", "ado", "excess"])
+@pytest.mark.parametrize("bits", [0.0, 1e-300, 2e3, 1e308, math.inf, math.nan])
+def test_no_loss_ends_a_run(kind: Any, bits: float, tmp_path: Path) -> None:
+    reference = tmp_path / "reference.json"
+    curves = {name: [[1.0, 5.0]] for name in NAMES}
+    reference.write_text(json.dumps({"format_version": 1, "sources": curves}), encoding="utf-8")
+    policy = make(PolicyConfig(kind, every=1, reference=str(reference) if kind == "excess" else None), THIRDS, RUN)
+    for losses in ([bits] * 3, [2.0, bits, bits], [2.0, 3.0, bits]):
+        for step in range(1, 22):
+            policy.observe(step, dict.fromkeys(NAMES, 10.0), dict(zip(NAMES, losses, strict=True)))
+            for weights in (THIRDS, {"web": 1.0}):
+                proposal = policy.propose(step, progress(weights))
+                assert proposal is None or sum(proposal.values()) == pytest.approx(1)
+
+
 LAWS = {"code": (0.5, 4, 1), "docs": (0.25, 2, 0.5), "web": (0.02, 3, 2)}
 COUNTS = [(4, 2, 2), (1, 5, 2), (0, 4, 4), (3, 3, 2)]
 

@@ -20,9 +20,10 @@ from lmtrain.data.loader import Loader
 from lmtrain.data.manifest import SPLITS, Manifest
 from lmtrain.data.packing import BestFitBlocks
 from lmtrain.data.schedule import ScheduleLog
+from lmtrain.data.sources import open_source
 from lmtrain.data.store import Store, StoreWriter
 from lmtrain.data.tokenizer import Tokenizer
-from lmtrain.errors import UsageError
+from lmtrain.errors import DataError, UsageError
 
 ROOT = Path(__file__).parents[2]
 spec = importlib.util.spec_from_file_location("prepare_command", ROOT / "launch" / "prepare.py")
@@ -48,10 +49,12 @@ def test_text_to_batches(
     log = ScheduleLog.fixed({"mine": 1})
     loader = Loader(cfg, seed=0, batch_tokens=64, microbatch=2, dp_rank=0, dp_size=1, log=log)
     assert next(iter(loader.steps(0, 2))).micro_batches[0].tokens.shape == (2, 32)
+    with pytest.raises(DataError, match=r"folder around prepared sources; did you mean .*out/mine\?"):
+        open_source("mine", str(out), Tokenizer.load(out / "tokenizer.json"))
     tokens = bytearray((out / "mine" / "train.bin").read_bytes())
     tokens[100] ^= 1
     (out / "mine" / "train.bin").write_bytes(tokens)
-    assert prepare.main(["verify", str(out)]) == 65
+    assert prepare.main(["verify", str(out)]) == 65 and prepare.main(["verify", str(out / "mine" / "train")]) == 65
     assert "train.bin: expected xxh3-128" in capsys.readouterr().err
 
 
@@ -198,7 +201,9 @@ def test_a_merge_that_is_cut_short_shows_nothing(
         (["merge", "out=y", "x"], 65, "x: no store there"),
         (["pack", "x"], 64, "pack: expected length=N, tokens of a block, got none"),
         (["pack", "x", "length=0"], 64, "pack: expected length=N, tokens of a block, got 0"),
-        (["python-corpus"], 64, "python-corpus: expected out=FOLDER"),
+        (["python-corpus"], 64, "python-corpus: expected out=FOLDER, where its .jsonl files go, and nothing else; got"),
+        (["pyton-corpus", "out=x"], 64, "did you mean python-corpus?"),
+        (["stats", __file__], 65, "this is text, not tokens; prepare it first"),
     ],
 )
 def test_mistakes(
@@ -228,8 +233,8 @@ def test_values() -> None:
 def test_help_and_the_program_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert prepare.main([]) == 0
     page = capsys.readouterr().out
-    for verb in ("inspect", "verify", "stats", "merge", "pack"):
-        assert f"\n  {verb} " in page and f"\n    {verb} " in said([verb, "--help"], capsys)
+    for verb in ("inspect", "verify", "stats", "merge", "pack", "python-corpus"):
+        assert f"\n  {verb} " in page and f"{verb} " in said([verb, "--help"], capsys)
     for word in ("python-corpus", "verify", "sources.NAME.text_field=", "heldout=", "(default 0.01)"):
         assert word in page
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from random import Random
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lmtrain.data.permutation import permute
-from lmtrain.data.sampler import Sampler, balanced_word
+from lmtrain.data.sampler import Sampler, balanced_word, letters_before
 from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
 from lmtrain.errors import UsageError
 
@@ -72,6 +73,15 @@ def test_every_prefix_of_the_word_holds_its_share(weights: list[int]) -> None:
         error = np.cumsum(word == d) - np.arange(1, total + 1) * weight / total
         assert np.abs(error).max() <= bound + 1e-9
         assert rank[word == d].tolist() == list(range(weight))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.data())
+def test_letters_of_a_prefix_are_counted_without_the_word(weights: list[int], data: st.DataObject) -> None:
+    word, _ = balanced_word(tuple(weights))
+    place = data.draw(st.integers(0, len(word)))
+    counted = np.bincount(word[:place], minlength=len(weights))
+    assert list(letters_before(place, tuple(weights))) == counted.tolist()
 
 
 def log_of(*events: tuple[int, dict[str, int]]) -> ScheduleLog:
@@ -230,6 +240,15 @@ def test_a_refused_event_changes_nothing() -> None:
             sampler.extend([Event(100, "user", "", weights)], new)
     assert sampler.names == ["a", "b", "c"]
     assert all(np.array_equal(a, b) for a, b in zip(sampler.get(np.arange(2000)), before, strict=True))
+
+
+def test_many_events_keep_no_words() -> None:
+    events = [Event(1000 * i, "policy", "", {"a": 2 * i + 1, "b": 4095 - 2 * i}) for i in range(300)]
+    sampler = Sampler(3, ScheduleLog(events), {"a": 10**6, "b": 10**6})
+    sampler.extend([Event(500, "user", "a spike", skip=1)], {})
+    assert len(pickle.dumps(sampler)) < 301 * 1000  # a word alone, of 4096 letters, is 16 KiB
+    assert sum(sampler.counts(300_000).values()) == 300_001
+    assert len(np.unique(sampler.get(np.arange(299_000, 300_000))[1])) > 900
 
 
 def test_sample_ten_to_the_twelve() -> None:

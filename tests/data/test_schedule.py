@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lmtrain.data.schedule import AddedSource, Event, ScheduleLog, event_line, parse_event
 from lmtrain.data.weights import COARSE_PERIOD, integer_weights
-from lmtrain.errors import DataError, UsageError
+from lmtrain.errors import DataError, StorageError, UsageError
 
 
 @given(st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=30))
@@ -99,8 +99,33 @@ def test_fork_forgets_later_events_and_keeps_the_old_file(tmp_path: Path) -> Non
     assert (tmp_path / "schedule-2.jsonl").read_bytes() == before
     log.append(Event(15, "user", "other", {"docs": 1}))
     assert ScheduleLog.read(path).events == log.events and [e.first_block for e in log.events] == [0, 10, 15]
-    with pytest.raises(FileExistsError):
+    before = path.read_bytes()
+    with pytest.raises(StorageError, match=r"cannot be forked to .*schedule-2.jsonl: File exists"):
         log.fork(1, tmp_path / "schedule-2.jsonl")
+    assert path.read_bytes() == before and len(log.events) == 3
+
+
+def test_a_source_may_come_again_once_a_fork_has_forgotten_it(tmp_path: Path) -> None:
+    log = ScheduleLog.open(tmp_path / "schedule.jsonl", {"code": 3})
+    added = Event(10, "user", "", sources={"news": NEWS})
+    log.append(added)
+    log.fork(1, tmp_path / "aside")
+    log.append(added)
+    assert ScheduleLog.read(tmp_path / "schedule.jsonl").events == log.events
+
+
+def test_a_whole_log_is_written_at_once_and_never_over_another(tmp_path: Path) -> None:
+    path = tmp_path / "schedule.jsonl"
+    events = (Event(0, "recipe", "", {"code": 3}), Event(10, "user", "", sources={"news": NEWS}))
+    with pytest.raises(ValueError, match="source news was added before"):
+        ScheduleLog.create(path, (*events, events[1]))
+    with pytest.raises(StorageError, match="No such file"):
+        ScheduleLog.create(tmp_path / "absent" / path.name, events)
+    assert not list(tmp_path.iterdir())
+    assert ScheduleLog.create(path, events).events == events == ScheduleLog.read(path).events
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(StorageError, match="there is a schedule log already"):
+        ScheduleLog.create(path, events[:1])
 
 
 def test_torn_last_line_is_ignored_and_replaced(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

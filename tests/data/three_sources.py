@@ -17,5 +17,12 @@ def progress(weights: dict[str, float] | None = None, done: int = 0, **changes: 
     """``done`` tokens read, in equal parts, of a run of 10^9; the mixture is ``weights`` and was proposed by us."""
     mixture = integer_weights(weights or THIRDS)
     tokens = {name: done // len(mixture) for name in mixture}
-    fields = {"tokens": tokens, "available": AVAILABLE, "total": 10**9, "weights": mixture, "proposed": mixture}
+    fields = {
+        "done": done,
+        "tokens": tokens,
+        "available": AVAILABLE,
+        "total": 10**9,
+        "weights": mixture,
+        "proposed": mixture,
+    }
     return Progress(**(fields | changes))

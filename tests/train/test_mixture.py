@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from lmtrain.data.schedule import Event, ScheduleLog
+from lmtrain.checkpoint.ranks import Ranks
+from lmtrain.config.load import load
+from lmtrain.data.loader import Loader
+from lmtrain.data.mix_request import MixRequest
+from lmtrain.data.policies.config import PolicyConfig
+from lmtrain.data.policies.make import make
+from lmtrain.data.policies.policy import Run
+from lmtrain.data.schedule import Event, ScheduleLog, event_row
+from lmtrain.data.sources import open_source
+from lmtrain.data.tokenizer import Tokenizer
+from lmtrain.engine.protocol import StepInfo
 from lmtrain.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EXIT_USAGE, DataError
 from lmtrain.pretrain import schedule_command
 from lmtrain.pretrain.log import settle_log
 from lmtrain.train.loop import Trainer
 from lmtrain.train.mixture import Mixture
+from lmtrain.train.request_file import RequestFile
 from tests.small_run import STEPS, before_step, checkpoint, column, copy_until, rows, train, trajectory, words
 
 KEEP = "checkpoint.keep_last=99"
@@ -164,6 +180,127 @@ def test_a_policy_is_not_asked_again_for_what_was_recorded(small_recipe: Path, t
         assert events(again) == made and trajectory(again) == trajectory(run)
     state = [json.loads((checkpoint(folder, 16) / "schedule.json").read_text()) for folder in (run, again)]
     assert state[0] == state[1] and state[0]["policy"]["kind"] == "odm_exp3"
+
+
+def test_a_policy_keeps_to_the_mixture_in_force(
+    small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    before_step(monkeypatch, {3: drop(run, "mix.yaml", "weights: {lists: 0}\nat: 2560")})
+    assert train(words(small_recipe, run, ODM, KEEP)).code == EXIT_DONE
+    made = [event for event in events(run) if event.origin == "policy"]
+    assert {set(event.weights) == {"prose"} for event in made if event.first_block > 40} == {True}
+    assert {set(event.weights) == {"prose", "lists"} for event in made if event.first_block < 40} == {True}
+    # in a replay, a policy's events of later would undo what a person asks now
+    monkeypatch.undo()
+    again = copy_until(run, tmp_path / "again", 4)
+    before_step(monkeypatch, {5: drop(again, "mix.yaml", "weights: {lists: 0.2}")})
+    outcome = train(words(small_recipe, again, ODM, KEEP))
+    assert outcome.code == EXIT_DONE and trajectory(again) == trajectory(run)
+    assert "later mixtures of the policy" in outcome.out and (again / "control" / "mix.rejected-5.yaml").exists()
+
+
+def test_no_request_ends_a_run(small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    control = run / "control"
+
+    def broken(*_: object, **__: object) -> None:
+        raise RecursionError("too deep")
+
+    def again(trainer: Trainer) -> None:
+        (control / "mix.applied-8.yaml").rename(control / "mix.yaml")
+
+    def stuck(trainer: Trainer) -> None:
+        drop(run, "mix.yaml", "skip: 192")(trainer)
+        monkeypatch.setattr(RequestFile, "settle", denied)
+
+    def denied(*_: object) -> None:
+        raise PermissionError("no")
+
+    actions: dict[int, Callable[[Trainer], object]] = {
+        2: lambda _: os.mkfifo(control / "mix.yaml"),
+        3: lambda trainer: (
+            drop(run, "mix.yaml", "skip: 1")(trainer),
+            monkeypatch.setattr(MixRequest, "event", broken),
+        ),
+        4: lambda trainer: monkeypatch.setattr(MixRequest, "event", event),
+        8: drop(run, "mix.yaml", "skip: 64"),
+        10: again,
+        12: stuck,
+    }
+    event = MixRequest.event
+    before_step(monkeypatch, actions)
+    outcome = train(words(small_recipe, run))
+    assert outcome.code == EXIT_DONE, outcome.err
+    assert "not a plain file" in outcome.out and "RecursionError: too deep" in outcome.out
+    assert [made.skip for made in events(run)] == [0, 1, 1, 3], (
+        "the same file may ask again, and one that stays may not"
+    )
+    assert outcome.out.count("cannot be renamed") == 1
+    assert {path.name for path in control.iterdir()} == {
+        "mix.rejected-2.yaml", "mix.rejected-2.txt", "mix.rejected-3.yaml", "mix.rejected-3.txt",
+        "mix.applied-10.yaml", "mix.yaml",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_source_comes_on_all_ranks_or_on_none(small_recipe: Path, tmp_path: Path, there: bool) -> None:
+    data = small_recipe.parent / "data"
+    cfg = load([f"recipe={small_recipe}"]).recipe.data
+    log = ScheduleLog.fixed({"prose": 0.7, "lists": 0.3})
+    sizes: dict[str, Any] = {"seed": 0, "batch_tokens": 256, "microbatch": 1, "dp_size": 2}
+    loaders = [Loader(cfg, log=ScheduleLog(log.events), dp_rank=rank, **sizes) for rank in (0, 1)]
+    if not there:
+        loaders[1].admit = lambda *_: open_source("more", tmp_path / "gone", Tokenizer.load(cfg.tokenizer))  # type: ignore
+    notes: list[str] = []
+    barrier, results = threading.Barrier(2, timeout=60), [None, None]
+    policy = make(PolicyConfig(), {"prose": 1.0, "lists": 1.0}, Run(loaders[0].tokens_available, 4096))
+    ranks = [InThreads(rank, barrier, results) for rank in (0, 1)]
+    (tmp_path / "mix.yaml").write_text(f"add: {{more: {data}/lists}}", encoding="utf-8")
+    mixtures = [
+        Mixture(loaders[rank], ranks[rank], 16, log if rank == 0 else None, policy, tmp_path, 0, notes.append)
+        for rank in (0, 1)
+    ]
+    info = StepInfo(**dict.fromkeys((f.name for f in fields(StepInfo)), None) | {"source_loss": torch.zeros(2, 2)})
+    for mixture in mixtures:
+        mixture.observe(3, info)
+    assert mixtures[0].grew and len(log.events) == 1, "in the log when all have it"
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(Mixture.share, mixtures))
+    assert not mixtures[0].grew and [("more" in loader.source_names) for loader in loaders] == [there] * 2
+    assert len(log.events) == 1 + there
+    assert (tmp_path / ("mix.applied-3.yaml" if there else "mix.rejected-3.yaml")).exists()
+    assert there or "is refused: on rank 1: " in notes[0]
+
+
+class InThreads(Ranks):
+    """Two ranks that are threads of this process."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, results: list[Any]) -> None:
+        self.rank, self.size, self.group = rank, 2, None
+        self._barrier, self._results = barrier, results
+
+    def together(self, local: Callable[[], Any]) -> list[Any]:
+        self._results[self.rank] = local()
+        self._barrier.wait()
+        everyone = list(self._results)
+        self._barrier.wait()
+        return everyone
+
+
+def test_a_fork_keeps_what_the_run_began_with(tmp_path: Path) -> None:
+    weights, other = {"prose": 0.7, "lists": 0.3}, {"prose": 0.9, "lists": 0.1}
+    where: dict[str, Any] = {"first_block": 40, "step": 10, "fork": True}
+    (tmp_path / "branch").mkdir()
+    log = settle_log(tmp_path, weights, {}, **where)
+    log.append(Event(8, "policy", "x", {"prose": 1}, step=2))
+    assert settle_log(tmp_path, weights, {}, **where).events == log.events[:1], "no checkpoint: back to the recipe's"
+    assert (tmp_path / "schedule-forked-1.jsonl").exists()
+    saved = {"events": [event_row(event) for event in log.events]}
+    taken = settle_log(tmp_path / "branch", other, saved, **where)
+    assert [event.origin for event in taken.events] == ["recipe", "policy", "recipe"]
+    assert settle_log(tmp_path / "branch", other, saved, **where).events == taken.events
+    assert {path.name for path in (tmp_path / "branch").iterdir()} == {"schedule.jsonl"}
 
 
 def test_a_branch_takes_the_events_over(asked: Path, small_recipe: Path, tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from lmtrain.data.policies.config import PolicyConfig
 from lmtrain.data.policies.curve import LossCurve
 from lmtrain.data.policies.policy import MixPolicy, Progress, Run, among, shares
@@ -71,8 +73,9 @@ class Ado(MixPolicy):
     def _fit(self) -> None:
         for name in self._curve.names():
             n, loss = self._curve.points(name)
-            if len(n) >= LEAST_POINTS:
-                self._laws[name] = fit(n, loss)
+            usable = (loss > 0) & np.isfinite(loss)  # the law is fitted to logarithms
+            if usable.sum() >= LEAST_POINTS:
+                self._laws[name] = fit(n[usable], loss[usable])
 
     def _follow(self, step: int) -> None:
         rho = self._preferred()
@@ -91,6 +94,8 @@ class Ado(MixPolicy):
             for name, law in self._laws.items()
         }
         total = sum(pull.values())
+        if total <= 0:  # nothing falls any more
+            return self._prior
         budget = sum(self._prior[name] for name in pull)
         rho = {name: budget * pull[name] / total if name in pull else prior for name, prior in self._prior.items()}
         rho = {name: max(part, LEAST) for name, part in rho.items()}

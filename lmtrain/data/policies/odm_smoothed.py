@@ -20,4 +20,5 @@ class OdmSmoothed(Odm):
         return KEPT * reward + (1 - KEPT) * math.exp(nats)
 
     def _parts(self, rewards: NDArray[np.float64], exploration: float) -> NDArray[np.float64]:
-        return rewards / rewards.sum()
+        total = rewards.sum()
+        return rewards / total if total > 0 else np.full(len(rewards), 1 / len(rewards))  # no reward seen: all alike

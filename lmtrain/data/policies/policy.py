@@ -32,21 +32,18 @@ class Run:
 class Progress:
     """Where a run stands at the block from which a proposal made now would hold.
 
-    tokens: read before that block, by source. available: tokens of one epoch by source, added sources included. total:
-    tokens of the run. weights: the integers of the newest event, whoever made it; only these sources may be proposed by
-    a policy that adapts. proposed: those of the newest event that the policy (or, before that, the recipe) made.
+    done: tokens of the run before that block. tokens: those by source, and with them what was skipped, so that
+    their sum may be more. available: tokens of one epoch by source, added sources included. total: tokens of the run.
+    weights: the integers of the event in force there, whoever made it; only these sources may be proposed by a policy
+    that adapts. proposed: those of the newest event in force that the policy (or, before that, the recipe) made.
     """
 
+    done: int
     tokens: Mapping[str, int]
     available: Mapping[str, int]
     total: int
     weights: Mapping[str, int]
     proposed: Mapping[str, int]
-
-    @property
-    def done(self) -> int:
-        """Tokens of all sources."""
-        return sum(self.tokens.values())
 
     @property
     def epochs(self) -> dict[str, float]:

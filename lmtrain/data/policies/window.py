@@ -6,6 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+MAX_BITS = 1000.0
+"""So that what a policy makes of a mean loss, its exponential too, stays finite: 1000 bits are 693 nats."""
+
 
 class Seen(NamedTuple):
     """Of the sources that were read: mean loss in bits per byte, and share of the targets."""
@@ -15,7 +18,9 @@ class Seen(NamedTuple):
 
 
 class Window:
-    """Sums of targets, and of targets times loss, by source. A loss that is not finite does not count."""
+    """Sums of targets, and of targets times loss, by source. A loss that is not finite does not count, one above
+    ``MAX_BITS`` counts as that.
+    """
 
     def __init__(self) -> None:
         self._tokens: dict[str, float] = {}
@@ -25,7 +30,7 @@ class Window:
         for name, count in tokens.items():
             if count > 0 and math.isfinite(bits[name]):
                 self._tokens[name] = self._tokens.get(name, 0.0) + count
-                self._bits[name] = self._bits.get(name, 0.0) + count * bits[name]
+                self._bits[name] = self._bits.get(name, 0.0) + count * min(bits[name], MAX_BITS)
 
     def take(self) -> Seen | None:
         """What was added since the last ``take``; None if that is nothing."""
