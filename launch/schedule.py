@@ -6,7 +6,7 @@
     python launch/schedule.py set runs/x code=0.3 at=+20M reason="..." 20 million tokens from now (at=2e9: in all)
     python launch/schedule.py set runs/x code=0                        remove a source
     python launch/schedule.py skip runs/x tokens=2e6                   pass over what comes next
-    python launch/schedule.py add runs/x news=data/news share=0.1      a new source, made by launch/prepare.py
+    python launch/schedule.py add runs/x news=data/news/news share=0.1      a new source, made by launch/prepare.py
 
 A source called at, reason or share is weights.NAME= for set and add.NAME= for add.
 
