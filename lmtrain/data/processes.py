@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pickle
 import signal
 import sys
 from collections import deque
@@ -14,6 +13,7 @@ from contextlib import ExitStack
 from functools import lru_cache
 from importlib import import_module
 from multiprocessing import get_context
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -70,7 +70,7 @@ class Workers:
             return
         self._kinds += 1
         path = self._folder / str(self._kinds)
-        path.write_bytes(pickle.dumps(work))
+        path.write_bytes(ForkingPickler.dumps(work))
         waiting: deque[tuple[Key, Future[Result]]] = deque()
         for key, task in tasks:
             waiting.append((key, self._pool.submit(_work, path, task)))
@@ -92,4 +92,5 @@ def _work(path: Path, task: Any) -> Any:
 
 @lru_cache(maxsize=1)
 def _unpickled(path: Path) -> Any:
-    return pickle.loads(path.read_bytes())
+    # of the parent's own private folder, and as the pool itself takes its tasks
+    return ForkingPickler.loads(path.read_bytes())
