@@ -15,7 +15,7 @@ import torch
 from lmtrain.hub.experts import BALANCING, experts, shared
 from lmtrain.hub.layers import Layered, unless
 from lmtrain.hub.llama import MLP
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import CONCAT, KNOWN, Rule, Transform, by_head, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
@@ -126,17 +126,10 @@ class DeepseekV3(Layered):
         layers = self.layers(cfg)
         mla: MLAConfig = distinct(cfg, "mla")[0]
         settings: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "num_hidden_layers": len(layers),
             "first_k_dense_replace": sum(ffn.kind == "mlp" for _, ffn in layers),
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
-            "tie_word_embeddings": cfg.tie_embeddings,
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "rope_parameters": {"rope_type": "default", "rope_theta": mla.rope_theta},
             "rope_theta": mla.rope_theta,  # where transformers 4 and llama.cpp look
             "rope_interleave": True,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from lmtrain.hub.layers import moved, multipliers, own_head_dim, unless
 from lmtrain.hub.llama import ATTENTION, HEAD, MLP
 from lmtrain.hub.mamba2 import MIXER, UNLIMITED, mixer_reasons
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import KNOWN, HubClass, Rule, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
@@ -76,20 +76,13 @@ class FalconH1(HubClass):
         around = {kind: multipliers(cfg, kind)[0] for kind in KINDS}
         inner, heads, _ = mixer.sizes(cfg.d_model)
         return {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "intermediate_size": mlp.d_ff,
             "num_hidden_layers": len(cfg.blocks()) // 2,
             "num_attention_heads": attention.num_heads,
             "num_key_value_heads": attention.kv_heads,
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
-            "tie_word_embeddings": cfg.tie_embeddings,
             "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
             "rope_theta": attention.rope_theta,  # where transformers 4 and llama.cpp look
-            "attention_dropout": 0.0,
             "attention_bias": False,
             "mlp_bias": False,
             "projectors_bias": False,

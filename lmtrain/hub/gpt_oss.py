@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmtrain.hub.experts import BALANCING, WITHOUT_BIAS, biased
 from lmtrain.hub.layers import Layered, unless
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import KNOWN, Rule, Shape, Transform, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import CLAMP, SHARPNESS
@@ -91,8 +91,7 @@ class GptOss(Layered):
         moe: MoEConfig = distinct(cfg, "moe")[0]
         windows = [mixer.window for mixer, _ in self.layers(cfg)]
         return {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "num_hidden_layers": len(windows),
             "layer_types": ["full_attention" if one is None else "sliding_attention" for one in windows],
             # it makes a mask of the window even where no layer has one
@@ -101,18 +100,12 @@ class GptOss(Layered):
             "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.width(cfg.d_model),
             "attention_bias": True,
-            "attention_dropout": 0.0,
             "rope_parameters": {"rope_type": "default", "rope_theta": attention.rope_theta},
             "rope_theta": attention.rope_theta,  # where transformers 4 and llama.cpp look
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,
             "intermediate_size": moe.d_expert,
-            "hidden_act": "silu",
             "swiglu_alpha": SHARPNESS,
             "swiglu_limit": CLAMP,
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
-            "tie_word_embeddings": cfg.tie_embeddings,
             "output_router_logits": False,
         }

@@ -19,7 +19,7 @@ from lmtrain.hub.experts import BALANCING, biased, router
 from lmtrain.hub.layers import Layered, moved, multipliers, own_head_dim, unless
 from lmtrain.hub.llama import ATTENTION
 from lmtrain.hub.mamba2 import MIXER, UNLIMITED, mixer_reasons
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import CONCAT, KNOWN, Rule, Shape, Transform, same
 from lmtrain.model.config import ModelConfig
 
@@ -89,17 +89,10 @@ class GraniteMoeHybrid(Layered):
     def config(self, cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         layers = self.layers(cfg)
         settings: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "num_hidden_layers": len(layers),
             "layer_types": ["attention" if mixer.kind == "attention" else "mamba" for mixer, _ in layers],
             "num_local_experts": 0,
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
-            "tie_word_embeddings": cfg.tie_embeddings,
-            "attention_dropout": 0.0,
             "attention_bias": False,
             "output_router_logits": False,
             "embedding_multiplier": cfg.embedding_scale,

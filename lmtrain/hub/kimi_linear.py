@@ -23,7 +23,7 @@ from lmtrain.hub.deepseek_v3 import (
 from lmtrain.hub.experts import NUMBERED, experts, shared
 from lmtrain.hub.layers import Layered, other_eps, unless
 from lmtrain.hub.llama import MLP
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import CONCAT_CONV, Rule, Transform, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
@@ -88,18 +88,12 @@ class KimiLinear(Layered):
     def config(self, cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         layers = self.layers(cfg)
         settings: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "num_hidden_layers": len(layers),
             "layer_types": ["full_attention" if mixer.kind == "mla" else "linear_attention" for mixer, _ in layers],
             "mlp_layer_types": ["dense" if ffn.kind == "mlp" else "sparse" for _, ffn in layers],
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
             "tie_word_embeddings": False,
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "pretraining_tp": 1,
             "output_router_logits": False,
         }

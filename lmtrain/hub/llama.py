@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import KNOWN, HubClass, Rule, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
@@ -92,19 +92,12 @@ class Llama(HubClass):
         attention: AttentionConfig = distinct(cfg, "attention")[0]
         mlp: MLPConfig = distinct(cfg, "mlp")[0]
         return {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "intermediate_size": mlp.d_ff,
             "num_hidden_layers": len(cfg.order()) // 2,
             "num_attention_heads": attention.num_heads,
             "num_key_value_heads": attention.kv_heads,
             "head_dim": attention.width(cfg.d_model),
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
-            "tie_word_embeddings": cfg.tie_embeddings,
-            "attention_dropout": 0.0,
             **rotary(attention),
         } | self._own(cfg)
 

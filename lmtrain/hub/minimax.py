@@ -19,7 +19,7 @@ from lmtrain.hub.experts import NUMBERED
 from lmtrain.hub.layers import Layered, multipliers, unless
 from lmtrain.hub.llama import ATTENTION
 from lmtrain.hub.mixtral import mixture_reasons, mixture_rules
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import KNOWN, Rule, Transform, by_head, same
 from lmtrain.model.branch import Place
 from lmtrain.model.config import ModelConfig
@@ -82,8 +82,7 @@ class MiniMax(Layered):
         layers = self.layers(cfg)
         mixer, moe = layers[0][0], distinct(cfg, "moe")[0]
         settings: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "num_hidden_layers": len(layers),
             "layer_types": ["full_attention" if one.kind == "attention" else one.kind for one, _ in layers],
             "num_attention_heads": mixer.num_heads,
@@ -91,12 +90,6 @@ class MiniMax(Layered):
             "head_dim": mixer.width(cfg.d_model),
             "block_size": BLOCK,
             "sliding_window": None,
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
-            "tie_word_embeddings": cfg.tie_embeddings,
-            "attention_dropout": 0.0,
             "intermediate_size": moe.d_expert,
             "num_local_experts": moe.num_experts,
             "num_experts_per_tok": moe.top_k,

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from lmtrain.hub.experts import BALANCING, biased, experts, router, shared
 from lmtrain.hub.layers import Layered, other_eps, unless
 from lmtrain.hub.llama import MLP
-from lmtrain.hub.settings import differing, distinct
+from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import CONCAT_CONV, KNOWN, Rule, by_head, less_one, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
@@ -72,8 +72,7 @@ class Qwen3Next(Layered):
     def config(self, cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
         layers = self.layers(cfg)
         settings: dict[str, Any] = {
-            "vocab_size": vocab_size,
-            "hidden_size": cfg.d_model,
+            **usual(cfg, vocab_size, seq_len),
             "num_hidden_layers": len(layers),
             "layer_types": [
                 "full_attention" if mixer.kind == "attention" else "linear_attention" for mixer, _ in layers
@@ -81,13 +80,7 @@ class Qwen3Next(Layered):
             "mlp_only_layers": [index for index, (_, ffn) in enumerate(layers) if ffn.kind == "mlp"],
             "decoder_sparse_step": 1,
             "num_experts": 0,
-            "hidden_act": "silu",
-            "max_position_embeddings": seq_len,
-            "initializer_range": cfg.init_std,
-            "rms_norm_eps": cfg.norm_eps,
-            "tie_word_embeddings": cfg.tie_embeddings,
             "attention_bias": False,
-            "attention_dropout": 0.0,
             "output_router_logits": False,
         }
         for attention in distinct(cfg, "attention")[:1]:

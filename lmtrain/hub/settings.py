@@ -1,4 +1,4 @@
-"""Questions about a model's settings that every matcher asks."""
+"""Questions about a model's settings that every matcher asks, and the answers that most classes write."""
 
 from __future__ import annotations
 
@@ -23,3 +23,17 @@ def differing(kind: str, settings: list[Any], except_for: tuple[str, ...] = ()) 
         if field.name not in except_for
         and len(values := dict.fromkeys(getattr(one, field.name) for one in settings)) > 1
     ]
+
+
+def usual(cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
+    """Keys of a config.json that most classes have, under these names."""
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": cfg.d_model,
+        "hidden_act": "silu",
+        "max_position_embeddings": seq_len,
+        "initializer_range": cfg.init_std,
+        "rms_norm_eps": cfg.norm_eps,
+        "tie_word_embeddings": cfg.tie_embeddings,
+        "attention_dropout": 0.0,
+    }
