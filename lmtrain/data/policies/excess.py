@@ -44,17 +44,11 @@ class Excess(MixPolicy):
         for name in first:
             if name not in self._curves:
                 raise DataError(f"{cfg.reference}: no curve of source {name}{nearest(name, self._curves)}")
-        self._start = cfg.start_tokens
-        self._seen = 0.0
         self._alpha = dict(self.first)
-        self._window = Window()
+        self._window = Window(cfg.every, cfg.start_tokens)
 
     def observe(self, step: int, tokens: Mapping[str, float], bits: Mapping[str, float]) -> None:
-        self._seen += sum(tokens.values())
-        if self._seen <= self._start:
-            return
-        self._window.add(tokens, bits)
-        if step % self.every == 0 and (seen := self._window.take()):
+        if seen := self._window.add(step, tokens, bits):
             alpha = self._alpha | {name: seen.share[name] for name in seen.share if name not in self._alpha}
             for name, loss in seen.bits.items():
                 alpha[name] *= math.exp(STEP_SIZE * max(self._excess(name, loss), 0.0))
@@ -68,16 +62,16 @@ class Excess(MixPolicy):
         if name not in self._curves:
             return 0.0
         x, y = zip(*self._curves[name], strict=True)
-        return (bits - float(np.interp(math.log(self._seen), np.log(x), y))) * math.log(2)
+        return (bits - float(np.interp(math.log(self._window.read), np.log(x), y))) * math.log(2)
 
     def propose(self, step: int, progress: Progress) -> dict[str, float] | None:
         return shares(among(self._alpha, progress.weights))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self._seen, "alpha": dict(self._alpha), "window": self._window.state_dict()}
+        return {"alpha": dict(self._alpha), "window": self._window.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._seen, self._alpha = state["seen"], dict(state["alpha"])
+        self._alpha = dict(state["alpha"])
         self._window.load_state_dict(state["window"])
 
 

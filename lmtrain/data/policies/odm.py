@@ -30,18 +30,12 @@ class Odm(MixPolicy):
 
     def __init__(self, cfg: PolicyConfig, first: Mapping[str, float], run: Run) -> None:
         super().__init__(cfg, first, run)
-        self._start = cfg.start_tokens
-        self._seen = 0.0
         self._updates = 0
         self._rewards = dict.fromkeys(self.first, 0.0)
-        self._window = Window()
+        self._window = Window(cfg.every, cfg.start_tokens)
 
     def observe(self, step: int, tokens: Mapping[str, float], bits: Mapping[str, float]) -> None:
-        self._seen += sum(tokens.values())
-        if self._seen <= self._start:
-            return
-        self._window.add(tokens, bits)
-        if step % self.every == 0 and (seen := self._window.take()):
+        if seen := self._window.add(step, tokens, bits):
             self._updates += 1
             for name, reward in among(self._rewards, seen.share).items():
                 nats = seen.bits[name] * math.log(2)
@@ -65,9 +59,8 @@ class Odm(MixPolicy):
         """What is distributed beyond the floor, summing to 1; ``exploration`` is the update's before this one."""
 
     def state_dict(self) -> dict[str, Any]:
-        window = self._window.state_dict()
-        return {"seen": self._seen, "updates": self._updates, "rewards": dict(self._rewards), "window": window}
+        return {"updates": self._updates, "rewards": dict(self._rewards), "window": self._window.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._seen, self._updates, self._rewards = state["seen"], state["updates"], dict(state["rewards"])
+        self._updates, self._rewards = state["updates"], dict(state["rewards"])
         self._window.load_state_dict(state["window"])

@@ -20,20 +20,28 @@ class Seen(NamedTuple):
 class Window:
     """Sums of targets, and of targets times loss, by source. A loss that is not finite does not count, one above
     ``MAX_BITS`` counts as that.
+
+    every: steps of a window. start: targets that are passed over first. read: targets so far, those among them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, every: int, start: float = 0.0) -> None:
+        self.read = 0.0
+        self._every, self._start = every, start
         self._tokens: dict[str, float] = {}
         self._bits: dict[str, float] = {}
 
-    def add(self, tokens: Mapping[str, float], bits: Mapping[str, float]) -> None:
+    def add(self, step: int, tokens: Mapping[str, float], bits: Mapping[str, float]) -> Seen | None:
+        """Takes what ``MixPolicy.observe`` is told; every ``every`` steps returns what came since, if anything did."""
+        self.read += sum(tokens.values())
+        if self.read <= self._start:
+            return None
         for name, count in tokens.items():
             if count > 0 and math.isfinite(bits[name]):
                 self._tokens[name] = self._tokens.get(name, 0.0) + count
                 self._bits[name] = self._bits.get(name, 0.0) + count * min(bits[name], MAX_BITS)
+        return self._take() if step % self._every == 0 else None
 
-    def take(self) -> Seen | None:
-        """What was added since the last ``take``; None if that is nothing."""
+    def _take(self) -> Seen | None:
         tokens, bits = self._tokens, self._bits
         if not tokens:
             return None
@@ -45,7 +53,7 @@ class Window:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"tokens": dict(self._tokens), "bits": dict(self._bits)}
+        return {"read": self.read, "tokens": dict(self._tokens), "bits": dict(self._bits)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._tokens, self._bits = dict(state["tokens"]), dict(state["bits"])
+        self.read, self._tokens, self._bits = state["read"], dict(state["tokens"]), dict(state["bits"])
