@@ -4,7 +4,7 @@ YAML of one form: keys with a text or with one level of ``{name: text}``; a text
 
 weights: {code: 0.3}      # shares of the blocks; sources that are not named keep their proportions to one another
 skip: 2e6                 # tokens to pass over unread, rounded up to whole blocks
-add: {news: data/news}    # new sources; read once they get a share
+add: {news: data/news/news}    # new sources; read once they get a share
 at: 40e6                  # tokens of the run at which it takes effect, or +20e6 from now; default: at once
 reason: less code         # kept in the log
 """

@@ -221,10 +221,15 @@ def _admitted(run: Run, request: MixRequest) -> Event:
     """The event of the request, from the first step on that no attempt recorded; UsageError if the run cannot do it."""
     loader = run.loader()
     step, stop = last_step(run.path / METRICS), run.recipe.train.num_steps(run.recipe.data)
+    if step >= stop:
+        raise UsageError(f"{run.path}: the run is finished, {step:,} of {stop:,} steps; branch_from={run.path} goes on")
+    earliest = loader.schedule.first_block(step)
+    if request.weights:  # what the policy proposed ahead of its steps would undo a mixture in front of it
+        earliest = max(earliest, *(past.first_block for past in run.log.events if past.origin == "policy"), 0)
     event = request.event(
         loader.sampler,
         block_tokens=loader.block_tokens,
-        earliest=loader.schedule.first_block(step),
+        earliest=earliest,
         end=loader.schedule.first_block(stop),
         now=loader.schedule.tokens(step),
         step=step,

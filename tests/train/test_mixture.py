@@ -349,7 +349,21 @@ def test_the_command_changes_a_run_that_stands(
     assert train(words(small_recipe, run)).code == EXIT_DONE
     assert [event.first_block for event in events(run)] == [0, 24, 32]
     assert schedule("skip", run, "tokens=1") != EXIT_DONE
-    assert "the run ends at 4,096" in capsys.readouterr().err
+    assert "the run is finished, 16 of 16 steps" in capsys.readouterr().err
+
+
+def test_the_command_speaks_last(small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the policy proposed for blocks ahead of the stop does not undo it."""
+    run = tmp_path / "run"
+    before_step(monkeypatch, {6: drop(run, "stop")})
+    assert train(words(small_recipe, run, ODM)).code == EXIT_STOPPED
+    proposed = events(run)[-1]
+    assert (proposed.origin, proposed.step) == ("policy", 6)
+    assert schedule("set", run, "lists=0") == EXIT_DONE
+    assert train(words(small_recipe, run, ODM)).code == EXIT_DONE
+    asked = events(run).index(next(event for event in events(run) if event.origin == "user"))
+    assert events(run)[asked].first_block == proposed.first_block
+    assert len(events(run)) > asked + 1 and all(set(event.weights) == {"prose"} for event in events(run)[asked:])
 
 
 def test_the_command_asks_a_run_that_trains(
