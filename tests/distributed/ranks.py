@@ -110,6 +110,7 @@ def _work(connection: Connection) -> None:
                     "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=TIMEOUT
                 )
                 answer = (True, check(*args))
+                dist.barrier()  # who leaves while a peer still connects breaks the peer's connection
             except BaseException:
                 answer = (False, traceback.format_exc())
             if dist.is_initialized():
