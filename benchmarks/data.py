@@ -33,9 +33,9 @@ from sparse_store import write_sparse_store
 
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.loader import Loader
-from lmtrain.data.sampler import Sampler
-from lmtrain.data.schedule import Event, ScheduleLog
-from lmtrain.data.store import Store, StoreWriter
+from lmtrain.data.order.sampler import Sampler
+from lmtrain.data.order.schedule import Event, ScheduleLog
+from lmtrain.data.store.store import Store, StoreWriter
 from lmtrain.train.hardware import describe
 
 ROOT = Path(__file__).parents[1]

@@ -29,8 +29,8 @@ ENVIRONMENT = {
 
 def ours(text: str, tokenizer: str, processes: int, out: str) -> int:
     """Tokens made by ``prepare``."""
-    from lmtrain.data.ingest import PrepareConfig, prepare
-    from lmtrain.data.reading import SourceOptions
+    from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+    from lmtrain.data.ingest.reading import SourceOptions
 
     manifests, _ = prepare(PrepareConfig(out, tokenizer, {"text": SourceOptions(text)}, workers=processes))
     return sum(manifests["text"].file(name).tokens for name in ("train.bin", "heldout.bin"))
@@ -88,7 +88,7 @@ def measure(text: str, tokenizer: str, processes: tuple[int, ...] = (1, 2)) -> d
 
 def _run(kind: str, text: str, tokenizer: str, processes: str, out: str) -> None:
     if kind == "ours":
-        import lmtrain.data.ingest  # noqa: F401  (imports are not what is compared)
+        import lmtrain.data.ingest.ingest  # noqa: F401  (imports are not what is compared)
     else:
         import datasets  # noqa: F401
         import transformers  # noqa: F401

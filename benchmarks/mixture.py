@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from lmtrain.data.manifest import NAME, Manifest
+from lmtrain.data.store.manifest import NAME, Manifest
 from lmtrain.train.hardware import describe
 
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lmtrain.data.index import DTYPES, HEADER, MAGIC
+from lmtrain.data.store.index import DTYPES, HEADER, MAGIC
 
 
 def write_sparse_store(prefix: str | Path, *, documents: int, filled: int, length: int) -> None:

@@ -21,10 +21,10 @@ from collections.abc import Callable, Sequence
 from inspect import cleandoc
 from typing import Any, get_type_hints
 
-from lmtrain.data.debian_corpus import write_debian_corpus
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.python_corpus import write_python_corpus
-from lmtrain.data.reading import SourceOptions
+from lmtrain.data.corpora.debian_corpus import write_debian_corpus
+from lmtrain.data.corpora.python_corpus import write_python_corpus
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.reading import SourceOptions
 from lmtrain.data.store_verbs import VERBS, summary
 from lmtrain.errors import EXIT_DONE, LmtrainError, UsageError, nearest
 

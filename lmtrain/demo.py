@@ -15,9 +15,9 @@ from typing import Any
 
 from lmtrain import shipped
 from lmtrain.config.load import load
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.python_corpus import write_python_corpus
-from lmtrain.data.reading import SourceOptions
+from lmtrain.data.corpora.python_corpus import write_python_corpus
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.reading import SourceOptions
 from lmtrain.errors import EXIT_STOPPED, LmtrainError, UnhealthyError
 from lmtrain.eval.baselines import baselines
 from lmtrain.train.console import Console

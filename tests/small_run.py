@@ -27,9 +27,9 @@ import pytest
 import torch.distributed as dist
 
 from lmtrain.checkpoint.lock import RunLock
-from lmtrain.data.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.reading import SourceOptions
 from lmtrain.data.reader import StepData
-from lmtrain.data.reading import SourceOptions
 from lmtrain.pretrain import main
 from lmtrain.train.loop import Trainer
 from lmtrain.train.metrics import read_metrics

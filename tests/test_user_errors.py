@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from lmtrain.checkpoint.storage import LocalStorage
 from lmtrain.config.load import load
-from lmtrain.data.tokenizer_training import train_bpe
+from lmtrain.data.ingest.tokenizer_training import train_bpe
 from lmtrain.engine.fsdp import FSDPEngine
 from lmtrain.errors import EXIT_DATA, EXIT_DONE, EXIT_IO, EXIT_UNHEALTHY, EXIT_USAGE
 from lmtrain.model.language_model import LanguageModel

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lmtrain.data.blocks import Blocks, ConcatBlocks
+from lmtrain.data.blocks.blocks import Blocks, ConcatBlocks
+from lmtrain.data.blocks.packing import BestFitBlocks, UnpackedBlocks
+from lmtrain.data.blocks.synthetic import SyntheticBlocks
 from lmtrain.data.config import DataConfig
-from lmtrain.data.packing import BestFitBlocks, UnpackedBlocks
-from lmtrain.data.schedule import AddedSource, Event
+from lmtrain.data.order.schedule import AddedSource, Event
 from lmtrain.data.sources import Source, bytes_per_token, content_digest, open_source, open_sources, open_train
-from lmtrain.data.store import Store
-from lmtrain.data.synthetic import SyntheticBlocks
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, UsageError, nearest
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lmtrain.data.order.steps import check_ramp
 from lmtrain.data.policies.config import PolicyConfig
-from lmtrain.data.steps import check_ramp
 
 
 @dataclass(frozen=True)

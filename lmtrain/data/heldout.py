@@ -11,7 +11,7 @@ import torch
 from lmtrain.data.batch import Batch, make_batch
 from lmtrain.data.config import DataConfig
 from lmtrain.data.sources import Source, open_sources
-from lmtrain.data.store import Store
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 
 

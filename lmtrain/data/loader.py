@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmtrain.data.catalog import Catalog
 from lmtrain.data.config import DataConfig
+from lmtrain.data.order.sampler import Sampler
+from lmtrain.data.order.schedule import Event, ScheduleLog
+from lmtrain.data.order.steps import Ramp, Steps
 from lmtrain.data.policies.epochs import check_epochs
 from lmtrain.data.processes import die_with_parent
 from lmtrain.data.reader import Reader, Rows, StepData, StepPlan
-from lmtrain.data.sampler import Sampler
-from lmtrain.data.schedule import Event, ScheduleLog
-from lmtrain.data.steps import Ramp, Steps
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import LmtrainError, UsageError
 

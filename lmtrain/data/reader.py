@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmtrain.data.batch import Batch, make_batch
-from lmtrain.data.blocks import Block, Blocks
+from lmtrain.data.blocks.blocks import Block, Blocks
 from lmtrain.data.catalog import open_added
 from lmtrain.data.config import DataConfig
-from lmtrain.data.schedule import AddedSource
+from lmtrain.data.order.schedule import AddedSource
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from functools import cache
 from pathlib import Path
 
 from lmtrain.data.config import DataConfig
-from lmtrain.data.foreign import index_file, open_store
-from lmtrain.data.locate import prepared_folders
-from lmtrain.data.manifest import NAME, SPLITS, Manifest, file_digest, open_split
-from lmtrain.data.store import Store
+from lmtrain.data.store.foreign import index_file, open_store
+from lmtrain.data.store.locate import prepared_folders
+from lmtrain.data.store.manifest import NAME, SPLITS, Manifest, file_digest, open_split
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, LmtrainError, nearest
 

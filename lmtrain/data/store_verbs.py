@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lmtrain.data.best_fit import num_pieces
-from lmtrain.data.index import Index
-from lmtrain.data.locate import Located, locate, prepared_folders
-from lmtrain.data.manifest import NAME, SPLITS, Manifest
-from lmtrain.data.manifest import verify as verify_folder
-from lmtrain.data.merge import merge as merge_stores
-from lmtrain.data.pack_plan import PackPlan, plan_folder, plans, write_plan
-from lmtrain.data.statistics import Statistics, sample_lines
-from lmtrain.data.store import Store
+from lmtrain.data.blocks.best_fit import num_pieces
+from lmtrain.data.blocks.pack_plan import PackPlan, plan_folder, plans, write_plan
+from lmtrain.data.store.index import Index
+from lmtrain.data.store.locate import Located, locate, prepared_folders
+from lmtrain.data.store.manifest import NAME, SPLITS, Manifest
+from lmtrain.data.store.manifest import verify as verify_folder
+from lmtrain.data.store.merge import merge as merge_stores
+from lmtrain.data.store.statistics import Statistics, sample_lines
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import UsageError, nearest
 

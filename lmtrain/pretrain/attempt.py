@@ -20,7 +20,7 @@ from lmtrain.checkpoint.storage import LocalStorage, probe_writable
 from lmtrain.config.load import Settings
 from lmtrain.data.heldout import Heldout
 from lmtrain.data.loader import Loader
-from lmtrain.data.schedule import Event, ScheduleLog
+from lmtrain.data.order.schedule import Event, ScheduleLog
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine.fsdp import FSDPEngine
 from lmtrain.errors import EXIT_DONE, EXIT_INTERNAL, DataError, LmtrainError

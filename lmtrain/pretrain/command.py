@@ -19,10 +19,10 @@ from lmtrain.config.help import answer
 from lmtrain.config.load import Settings, load
 from lmtrain.config.recipe import Recipe
 from lmtrain.data.loader import Loader
+from lmtrain.data.order.schedule import ScheduleLog
 from lmtrain.data.policies.epochs import check_epochs
 from lmtrain.data.policies.make import make
 from lmtrain.data.policies.policy import MixPolicy, Run
-from lmtrain.data.schedule import ScheduleLog
 from lmtrain.data.sources import check_sources
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, DataError, LmtrainError

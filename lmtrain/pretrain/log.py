@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lmtrain.data.schedule import Event, ScheduleLog, parse_event, recipe_event
+from lmtrain.data.order.schedule import Event, ScheduleLog, parse_event, recipe_event
 from lmtrain.errors import DataError
 from lmtrain.train.metrics import read_metrics
 

@@ -16,9 +16,9 @@ from lmtrain.checkpoint.lock import RunLock, holder
 from lmtrain.config.load import load
 from lmtrain.config.recipe import Recipe
 from lmtrain.data.loader import Loader
-from lmtrain.data.mix_request import MixRequest
-from lmtrain.data.sampler import Sampler
-from lmtrain.data.schedule import Event, ScheduleLog
+from lmtrain.data.order.mix_request import MixRequest
+from lmtrain.data.order.sampler import Sampler
+from lmtrain.data.order.schedule import Event, ScheduleLog
 from lmtrain.errors import EXIT_DONE, LmtrainError, StorageError, UsageError, nearest
 from lmtrain.pretrain.log import METRICS, SCHEDULE, last_step
 from lmtrain.train.mixture import describe

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.order.sampler import Sampler
+from lmtrain.data.order.schedule import Event
 from lmtrain.data.policies.epochs import effective_tokens
-from lmtrain.data.sampler import Sampler
-from lmtrain.data.schedule import Event
 from lmtrain.data.sources import bytes_per_token, open_source
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import LmtrainError

@@ -15,7 +15,7 @@ from lmtrain.checkpoint.storage import LocalStorage
 from lmtrain.config.load import load
 from lmtrain.config.recipe import Recipe
 from lmtrain.config.render import render
-from lmtrain.data.schedule import ScheduleLog
+from lmtrain.data.order.schedule import ScheduleLog
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import LmtrainError, UsageError, nearest
 from lmtrain.plan.dry_run import embedding_rows

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from lmtrain.data.config import DataConfig
-from lmtrain.data.steps import Steps, check_ramp
+from lmtrain.data.order.steps import Steps, check_ramp
 from lmtrain.engine.optimizer import OptimizerConfig
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 from lmtrain.checkpoint.ranks import Ranks
 from lmtrain.data.loader import Loader
-from lmtrain.data.mix_request import MixRequest
+from lmtrain.data.order.mix_request import MixRequest
+from lmtrain.data.order.schedule import Event, ScheduleLog, event_row
+from lmtrain.data.order.weights import COARSE_PERIOD, integer_weights
 from lmtrain.data.policies.policy import MixPolicy, Progress
 from lmtrain.data.policies.static import Static
-from lmtrain.data.schedule import Event, ScheduleLog, event_row
-from lmtrain.data.weights import COARSE_PERIOD, integer_weights
 from lmtrain.engine.protocol import StepInfo
 from lmtrain.errors import LmtrainError, UsageError
 from lmtrain.train.request_file import REQUEST, Request, RequestFile

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from lmtrain.data.config import DataConfig, SourceConfig
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.reading import SourceOptions
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.reading import SourceOptions
 
 WORDS = [f"{a}{b}" for a in "bcdfghjklm" for b in ("ala", "elo", "iru", "omi", "ush")]
 

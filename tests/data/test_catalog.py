@@ -11,9 +11,9 @@ import pytest
 
 from lmtrain.data.catalog import Catalog, open_added
 from lmtrain.data.config import DataConfig
-from lmtrain.data.schedule import AddedSource, Event
+from lmtrain.data.order.schedule import AddedSource, Event
 from lmtrain.data.sources import content_digest
-from lmtrain.data.store import StoreWriter
+from lmtrain.data.store.store import StoreWriter
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain.data import debian_corpus
-from lmtrain.data.debian_corpus import PACKAGES, Package, write_debian_corpus
-from lmtrain.data.debian_text import dictionary_entries, html_text, roff_text
+from lmtrain.data.corpora import debian_corpus
+from lmtrain.data.corpora.debian_corpus import PACKAGES, Package, write_debian_corpus
+from lmtrain.data.corpora.debian_text import dictionary_entries, html_text, roff_text
 from lmtrain.errors import DataError
 
 MAN = r"""

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import reading
-from lmtrain.data.filters import decontaminate, minhash, words
-from lmtrain.data.filters.exact import text_digest
-from lmtrain.data.filters.quality import RULES, broken_rule
-from lmtrain.data.filters.words import Known, runs_of, words_of
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.manifest import Manifest
-from lmtrain.data.reading import SourceOptions
+from lmtrain.data.ingest import reading
+from lmtrain.data.ingest.filters import decontaminate, minhash, words
+from lmtrain.data.ingest.filters.exact import text_digest
+from lmtrain.data.ingest.filters.quality import RULES, broken_rule
+from lmtrain.data.ingest.filters.words import Known, runs_of, words_of
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.reading import SourceOptions
+from lmtrain.data.store.manifest import Manifest
 from lmtrain.errors import DataError
 
 Text = Callable[[int, int], str]

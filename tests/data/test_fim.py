@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.data.fim import NAMES, FimTokens, rearranged
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.manifest import Manifest
-from lmtrain.data.reading import SourceOptions
-from lmtrain.data.store import Store
+from lmtrain.data.ingest.fim import NAMES, FimTokens, rearranged
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.reading import SourceOptions
+from lmtrain.data.store.manifest import Manifest
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError
 

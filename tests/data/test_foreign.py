@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import foreign
 from lmtrain.data.config import DataConfig, SourceConfig
-from lmtrain.data.foreign import open_store
 from lmtrain.data.loader import Loader
-from lmtrain.data.manifest import TokenizerEntry
+from lmtrain.data.order.schedule import ScheduleLog
 from lmtrain.data.reader import token_hash
-from lmtrain.data.schedule import ScheduleLog
 from lmtrain.data.sources import content_digest, open_train
-from lmtrain.data.store import Store, StoreWriter
+from lmtrain.data.store import foreign
+from lmtrain.data.store.foreign import open_store
+from lmtrain.data.store.manifest import TokenizerEntry
+from lmtrain.data.store.store import Store, StoreWriter
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError
 

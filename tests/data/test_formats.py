@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain.data.manifest import Manifest, verify
-from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
-from lmtrain.data.store import Store
+from lmtrain.data.order.schedule import AddedSource, Event, ScheduleLog
+from lmtrain.data.store.manifest import Manifest, verify
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError
 

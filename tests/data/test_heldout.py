@@ -12,8 +12,8 @@ import pytest
 from lmtrain.data.batch import IGNORE
 from lmtrain.data.config import DataConfig
 from lmtrain.data.heldout import Heldout
-from lmtrain.data.manifest import Manifest
-from lmtrain.data.store import Store
+from lmtrain.data.store.manifest import Manifest
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 
 Config = Callable[..., DataConfig]

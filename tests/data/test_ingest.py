@@ -16,15 +16,15 @@ import numpy as np
 import pytest
 import tokenizers
 
-from lmtrain.data import ingest, reading
-from lmtrain.data.encoding import Encoded, Encoder, Marked
-from lmtrain.data.filters.exact import text_digest
-from lmtrain.data.filters.words import Known
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.manifest import Manifest, verify
-from lmtrain.data.overlap import overlap, shingles
-from lmtrain.data.reading import SourceOptions
-from lmtrain.data.store import Store
+from lmtrain.data.ingest import ingest, reading
+from lmtrain.data.ingest.encoding import Encoded, Encoder, Marked
+from lmtrain.data.ingest.filters.exact import text_digest
+from lmtrain.data.ingest.filters.words import Known
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.overlap import overlap, shingles
+from lmtrain.data.ingest.reading import SourceOptions
+from lmtrain.data.store.manifest import Manifest, verify
+from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import EOD, Tokenizer
 from lmtrain.errors import DataError, StorageError, UsageError
 
@@ -220,10 +220,10 @@ def test_storage_trouble_is_one_line(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lmtrain.data import reading
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.manifest import verify
-from lmtrain.data.reading import SourceOptions
+from lmtrain.data.ingest import reading
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.store.manifest import verify
+from lmtrain.data.ingest.reading import SourceOptions
 root, tokenizer, text = sys.argv[1:]
 reading.CHUNK_BYTES, reading.CHUNKS_PER_SHARD = 100, 2
 def cfg(out): return PrepareConfig(out, tokenizer, {n: SourceOptions(f"{text}/{n}.jsonl") for n in "ab"}, heldout=0.2)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from lmtrain.data.batch import IGNORE
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.loader import Loader
+from lmtrain.data.order.schedule import AddedSource, Event, ScheduleLog
 from lmtrain.data.policies.epochs import check_epochs
 from lmtrain.data.reader import StepData, token_hash
-from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
 from lmtrain.data.sources import check_sources, content_digest
-from lmtrain.data.store import Store, StoreWriter
+from lmtrain.data.store.store import Store, StoreWriter
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, UsageError
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lmtrain.data import index, manifest, pieces
-from lmtrain.data.manifest import SPLITS, Manifest, file_digest, file_entries, open_split, verify
-from lmtrain.data.store import Store
+from lmtrain.data.store import index, manifest, pieces
+from lmtrain.data.store.manifest import SPLITS, Manifest, file_digest, file_entries, open_split, verify
+from lmtrain.data.store.store import Store
 from lmtrain.errors import DataError
 
 FIXTURES = Path(__file__).parent / "fixtures"

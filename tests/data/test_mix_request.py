@@ -9,10 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.data.mix_request import MixRequest, mixed, tokens_of
-from lmtrain.data.sampler import Sampler
-from lmtrain.data.schedule import ScheduleLog
-from lmtrain.data.store import StoreWriter
+from lmtrain.data.order.mix_request import MixRequest, mixed, tokens_of
+from lmtrain.data.order.sampler import Sampler
+from lmtrain.data.order.schedule import ScheduleLog
+from lmtrain.data.store.store import StoreWriter
 from lmtrain.errors import DataError, LmtrainError, UsageError
 
 SAMPLER = Sampler(0, ScheduleLog.fixed({"code": 0.5, "docs": 0.25, "rare": 0.25}), {"code": 9, "docs": 9, "rare": 9})

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.config import DataConfig, SourceConfig
+from lmtrain.data.order.weights import integer_weights
 from lmtrain.data.policies.config import Kind, PolicyConfig, StageConfig
 from lmtrain.data.policies.epochs import check_epochs, effective_tokens
 from lmtrain.data.policies.limits import Limited, between
@@ -20,7 +21,6 @@ from lmtrain.data.policies.make import POLICIES, make
 from lmtrain.data.policies.policy import MixPolicy, Progress, Run, total_variation
 from lmtrain.data.policies.staged import Staged
 from lmtrain.data.policies.static import unimax
-from lmtrain.data.weights import integer_weights
 from lmtrain.errors import UsageError
 from tests.data.three_sources import AVAILABLE, NAMES, RUN, THIRDS, progress
 

@@ -14,15 +14,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data import pack_plan
 from lmtrain.data.batch import Batch, make_batch
-from lmtrain.data.best_fit import best_fit, cut
+from lmtrain.data.blocks import pack_plan
+from lmtrain.data.blocks.best_fit import best_fit, cut
+from lmtrain.data.blocks.pack_plan import PackPlan, write_plan
+from lmtrain.data.blocks.packing import BestFitBlocks, UnpackedBlocks
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.loader import Loader
-from lmtrain.data.pack_plan import PackPlan, write_plan
-from lmtrain.data.packing import BestFitBlocks, UnpackedBlocks
-from lmtrain.data.schedule import ScheduleLog
-from lmtrain.data.store import Store, StoreWriter
+from lmtrain.data.order.schedule import ScheduleLog
+from lmtrain.data.store.store import Store, StoreWriter
 from lmtrain.errors import DataError
 from lmtrain.ops.cross_entropy import IGNORE
 

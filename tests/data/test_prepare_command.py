@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lmtrain.data.blocks.packing import BestFitBlocks
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.heldout import Heldout
 from lmtrain.data.loader import Loader
-from lmtrain.data.manifest import SPLITS, Manifest
-from lmtrain.data.packing import BestFitBlocks
-from lmtrain.data.schedule import ScheduleLog
+from lmtrain.data.order.schedule import ScheduleLog
 from lmtrain.data.sources import open_source
-from lmtrain.data.store import Store, StoreWriter
+from lmtrain.data.store.manifest import SPLITS, Manifest
+from lmtrain.data.store.store import Store, StoreWriter
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, UsageError
 

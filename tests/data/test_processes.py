@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
+from lmtrain.data.ingest.reading import Chunk, Line, SourceOptions
 from lmtrain.data.processes import Workers
-from lmtrain.data.reading import Chunk, Line, SourceOptions
 from lmtrain.errors import DataError
 
 PARENT = """
@@ -48,7 +48,7 @@ def test_workers_do_one_kind_of_work_after_another_and_give_errors_in_order() ->
 
     chunks = [chunk(b'{"text": "a"}'), chunk(b'{"text": "b"}', b'{"text": '), chunk(b'{"other": 1}')]
     for count in (1, 2):
-        with Workers(count, "lmtrain.data.reading") as workers:
+        with Workers(count, "lmtrain.data.ingest.reading") as workers:
             assert list(workers.ordered(abs, ((i, -i) for i in range(9)))) == [(i, i) for i in range(9)]
             parsed = workers.ordered(Chunk.documents, enumerate(chunks))
             assert [document.text for document in next(parsed)[1]] == ["a"]

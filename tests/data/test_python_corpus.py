@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain.data import python_corpus
-from lmtrain.data.python_corpus import write_python_corpus
+from lmtrain.data.corpora import python_corpus
+from lmtrain.data.corpora.python_corpus import write_python_corpus
 from lmtrain.errors import DataError
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain.data import reading
-from lmtrain.data.reading import SourceOptions, inputs_digest, read_chunks, read_documents
+from lmtrain.data.ingest import reading
+from lmtrain.data.ingest.reading import SourceOptions, inputs_digest, read_chunks, read_documents
 from lmtrain.errors import DataError
 
 ROWS = [{"text": "one", "id": "a", "n": 1}, {"text": "zw\u00f6lf", "id": "b", "n": 2}]

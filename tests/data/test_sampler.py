@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lmtrain.data.permutation import permute
-from lmtrain.data.sampler import Sampler, balanced_word, letters_before
-from lmtrain.data.schedule import AddedSource, Event, ScheduleLog
+from lmtrain.data.order.permutation import permute
+from lmtrain.data.order.sampler import Sampler, balanced_word, letters_before
+from lmtrain.data.order.schedule import AddedSource, Event, ScheduleLog
 from lmtrain.errors import UsageError
 
 KEY = np.uint64(0x0123456789ABCDEF)

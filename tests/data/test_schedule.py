@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmtrain.data.schedule import AddedSource, Event, ScheduleLog, event_line, parse_event
-from lmtrain.data.weights import COARSE_PERIOD, integer_weights
+from lmtrain.data.order.schedule import AddedSource, Event, ScheduleLog, event_line, parse_event
+from lmtrain.data.order.weights import COARSE_PERIOD, integer_weights
 from lmtrain.errors import DataError, StorageError, UsageError
 
 

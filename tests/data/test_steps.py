@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmtrain.data.config import DataConfig
-from lmtrain.data.steps import Steps, check_ramp
+from lmtrain.data.order.steps import Steps, check_ramp
 
 
 @given(

@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.sparse_store import write_sparse_store
-from lmtrain.data import index, pieces
-from lmtrain.data import merge as merge_module
-from lmtrain.data import store as store_module
-from lmtrain.data.index import DTYPES, HEADER, Index
-from lmtrain.data.store import Store, StoreWriter, smallest_dtype
+from lmtrain.data.store import index, pieces
+from lmtrain.data.store import merge as merge_module
+from lmtrain.data.store import store as store_module
+from lmtrain.data.store.index import DTYPES, HEADER, Index
+from lmtrain.data.store.store import Store, StoreWriter, smallest_dtype
 from lmtrain.errors import DataError
 
 DOCUMENTS = [[7, 8], [], [9, 100, 0]]

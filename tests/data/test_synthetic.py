@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lmtrain.data.synthetic import SyntheticBlocks
+from lmtrain.data.blocks.synthetic import SyntheticBlocks
 from lmtrain.errors import DataError, LmtrainError, UsageError
 
 HERE = __name__

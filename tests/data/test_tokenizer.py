@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 import tokenizers
 
+from lmtrain.data.ingest.tokenizer_training import train_bpe, train_sentencepiece
 from lmtrain.data.tokenizer import EOD, PIECE, Tokenizer
-from lmtrain.data.tokenizer_training import train_bpe, train_sentencepiece
 from lmtrain.errors import DataError
 
 ADVERSARIAL = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from lmtrain.data.order.weights import integer_weights
 from lmtrain.data.policies.policy import Progress, Run
-from lmtrain.data.weights import integer_weights
 
 NAMES = ("code", "docs", "web")
 AVAILABLE = dict.fromkeys(NAMES, 10**9)

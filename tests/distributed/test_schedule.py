@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from lmtrain.data.ingest import PrepareConfig, prepare
-from lmtrain.data.reading import SourceOptions
-from lmtrain.data.schedule import ScheduleLog
+from lmtrain.data.ingest.ingest import PrepareConfig, prepare
+from lmtrain.data.ingest.reading import SourceOptions
+from lmtrain.data.order.schedule import ScheduleLog
 from lmtrain.errors import EXIT_DONE
 from lmtrain.pretrain import schedule_command
 from tests.distributed.kill_worker import Kill

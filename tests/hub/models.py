@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from lmtrain.data.ingest.tokenizer_training import train_bpe
 from lmtrain.data.tokenizer import Tokenizer
-from lmtrain.data.tokenizer_training import train_bpe
 from lmtrain.hub.export import perturb
 from lmtrain.model.block import Multipliers
 from lmtrain.model.config import ModelConfig

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lmtrain.data.sampler import Sampler
-from lmtrain.data.schedule import AddedSource, Event, ScheduleLog, event_line
+from lmtrain.data.order.sampler import Sampler
+from lmtrain.data.order.schedule import AddedSource, Event, ScheduleLog, event_line
 from lmtrain.report.mixture import Mixture, bins, blocks_read, mixture, mixture_figure
 from lmtrain.report.page import write_report
 from lmtrain.report.record import read_record

@@ -19,11 +19,11 @@ import yaml
 from lmtrain.checkpoint.ranks import Ranks
 from lmtrain.config.load import load
 from lmtrain.data.loader import Loader
-from lmtrain.data.mix_request import MixRequest
+from lmtrain.data.order.mix_request import MixRequest
+from lmtrain.data.order.schedule import Event, ScheduleLog, event_row
 from lmtrain.data.policies.config import PolicyConfig
 from lmtrain.data.policies.make import make
 from lmtrain.data.policies.policy import Run
-from lmtrain.data.schedule import Event, ScheduleLog, event_row
 from lmtrain.data.sources import open_source
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine.protocol import StepInfo

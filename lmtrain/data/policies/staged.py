@@ -7,9 +7,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from lmtrain.data.order.weights import integer_weights
 from lmtrain.data.policies.config import PolicyConfig
 from lmtrain.data.policies.policy import MixPolicy, Progress, Run, shares
-from lmtrain.data.weights import integer_weights
 from lmtrain.errors import UsageError, nearest
 
 
