@@ -51,7 +51,7 @@ class Attention:
         extra_kv: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The definition. Raises ValueError naming the argument, what was expected and what was got."""
-        self._check(q, k, v, positions, sinks, extra_kv)
+        self._check(q, k, v, positions, window, softcap, sinks, extra_kv)
         batch, num_queries, num_heads, head_dim = q.shape
         num_kv, dtype = k.shape[2], compute_dtype(v)
         mask = visible(positions, k.shape[1], k.shape[1] - num_queries if offset is None else offset, window)
@@ -98,7 +98,10 @@ class Attention:
         if backend == "reference" or softcap is not None:
             options = {"softcap": softcap, "sinks": sinks, "extra_kv": extra_kv}
             return self(q, k, v, positions=positions, window=window, scale=scale, offset=offset, **options)[0]  # type: ignore[arg-type]
-        self._check(q, k, v, positions, sinks, extra_kv)
+        self._check(q, k, v, positions, window, softcap, sinks, extra_kv)
+        for name, tensor in {"q": q, "k": k}.items():  # the definition converts, torch's fused form does not
+            if tensor.dtype != v.dtype:
+                raise ValueError(f"attention: {name}: expected dtype {v.dtype} as v, got {tensor.dtype}")
         whole = sinks is None and extra_kv is None and window is None
         plain = causal and whole and q.shape[1] == k.shape[1] and not offset
         mask = None
@@ -129,6 +132,8 @@ class Attention:
         k: Tensor,
         v: Tensor,
         positions: Tensor,
+        window: int | None,
+        softcap: float | None,
         sinks: Tensor | None,
         extra_kv: tuple[Tensor, Tensor] | None,
     ) -> None:
@@ -138,6 +143,12 @@ class Attention:
         num_kv = k.shape[2]
         check_shape(self.name, "v", v, (*k.shape[:3], None))
         check_shape(self.name, "positions", positions, (batch, num_queries))
+        if positions.is_floating_point():
+            raise ValueError(f"attention: positions: expected integers, got {positions.dtype}")
+        if window is not None and window < 1:
+            raise ValueError(f"attention: window: expected at least 1, the query's own column, got {window}")
+        if softcap is not None and not softcap > 0:
+            raise ValueError(f"attention: softcap: expected above 0, got {softcap}")
         if num_kv == 0 or num_heads % num_kv:
             raise ValueError(f"attention: q: expected heads in multiples of the {num_kv} key heads, got {num_heads}")
         if sinks is not None:
@@ -146,7 +157,9 @@ class Attention:
             check_shape(self.name, "extra_kv[0]", extra_kv[0], (num_kv, None, head_dim))
             check_shape(self.name, "extra_kv[1]", extra_kv[1], (num_kv, extra_kv[0].shape[1], v.shape[3]))
         extra = None if extra_kv is None else extra_kv[0]
-        check_row(self.name, "v", v, None, q=q, k=k, positions=positions, sinks=sinks, extra_kv=extra)
+        check_row(self.name, "v", v, None, q=q, k=k, sinks=sinks, extra_kv=extra)
+        if positions.device != v.device:
+            raise ValueError(f"attention: positions: expected device {v.device} as v, got {positions.device}")
 
 
 def _join(k: Tensor, v: Tensor, mask: Tensor, extra_kv: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmtrain.ops.op import check_shape, compute_dtype
+from lmtrain.ops.op import check_labels, compute_dtype
 
 IGNORE = -100
 
@@ -40,8 +40,9 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood in nats, and log-partition, of each target.
 
     logits ``[B, T, V]``, labels int ``[B, T]``; both results ``[B, T]`` in the computing dtype, 0 where the label is
-    ``IGNORE``. A row of gradients of an ignored target is exactly 0.
+    ``IGNORE``. A row of gradients of an ignored target is exactly 0. Raises ValueError naming the argument, what was
+    expected and what was got.
     """
-    check_shape("cross_entropy", "labels", labels, tuple(logits.shape[:-1]))
+    check_labels("cross_entropy", labels, tuple(logits.shape[:-1]))
     nll, lse = _CrossEntropy.apply(logits, labels)
     return nll, lse

@@ -31,14 +31,24 @@ class Documents:
 
     @classmethod
     def from_ids(cls, ids: Tensor, before: Tensor | None = None, whole: Documents | None = None) -> Documents:
-        """Documents of host-side ``ids`` ``[B, T]``; ``before`` is 0 for every row unless given."""
+        """Documents of host-side integers ``ids`` ``[B, T]``; ``before`` ``[B]`` is 0 for every row unless given.
+
+        Raises ValueError naming the argument, what was expected and what was got.
+        """
         if ids.dim() != 2:
             raise ValueError(f"documents: ids must be [B, T], got shape {tuple(ids.shape)}")
-        ids = ids.to(torch.int32)
+        before = ids.new_zeros(ids.shape[0]) if before is None else before
+        if before.shape != ids.shape[:1]:
+            raise ValueError(f"documents: before: expected shape [{ids.shape[0]}], got {list(before.shape)}")
+        for name, tensor in {"ids": ids, "before": before}.items():
+            if tensor.is_floating_point() or tensor.is_complex():
+                raise ValueError(f"documents: {name}: expected integers, got {tensor.dtype}")
+        if bool((before < 0).any()):
+            raise ValueError(f"documents: before: expected counts of tokens, got {int(before.min())}")
         rows, length = ids.shape
         if length > 1 and bool((ids[:, 1:] < ids[:, :-1]).any()):
             raise ValueError("documents: ids must not decrease along a row")
-        before = torch.zeros(rows, dtype=torch.int32) if before is None else before.to(torch.int32)
+        ids, before = ids.to(torch.int32), before.to(torch.int32)
         opens = torch.ones_like(ids, dtype=torch.bool)
         opens[:, 1:] = ids[:, 1:] != ids[:, :-1]
         borders = torch.nonzero(opens.reshape(-1)).reshape(-1)

@@ -17,7 +17,7 @@ from lmtrain.ops import library
 from lmtrain.ops.adapters import fla
 from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import Cost, check_row, check_shape, compute_dtype, starts_of
+from lmtrain.ops.op import Cost, check_row, check_shape, check_static, compute_dtype, starts_of
 from lmtrain.ops.transitions import Chunks, MatrixOp, decays, in_chunks, previous, scores
 
 NAMES = ("v", "r", "w", "k", "a", "b")
@@ -96,7 +96,7 @@ class DPLR(MatrixOp):
         backend = library.backend(self.name, v.device.type, v.dtype)
         if backend == "reference":
             return super().__call__(*inputs, docs=docs, initial_state=initial_state, **static)
-        self.check_chunk(static)
+        check_static(self.name, static, "chunk")
         state = self.check_state(v, k.shape[3], docs, initial_state)
         if backend == "fla":
             return fla.dplr(v, r, w, k, a, b, docs, state)

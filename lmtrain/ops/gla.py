@@ -19,7 +19,7 @@ from lmtrain.ops import library
 from lmtrain.ops.adapters import fla
 from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, compute_dtype, scaled, starts_of
+from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, check_static, compute_dtype, scaled, starts_of
 
 
 def _previous(t: Tensor, dim: int) -> Tensor:
@@ -134,9 +134,8 @@ class GLA(AffineOp):
         must say whether ``u`` is. Raises ValueError naming the argument, what was expected and what was got.
         """
         v, q, k, g, u = _check(inputs, docs, initial_state)
+        check_static(self.name, static, "chunk", "exclusive")
         chunk, exclusive = static.get("chunk", 16), static.get("exclusive", u is not None)
-        if chunk < 1:
-            raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
         if exclusive != (u is not None):
             raise ValueError(f"{self.name}: exclusive: expected {u is not None}, as u says, got {exclusive}")
         if docs is not None and initial_state is not None and v.shape[1]:

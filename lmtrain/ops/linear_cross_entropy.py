@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lmtrain.ops.cross_entropy import IGNORE
-from lmtrain.ops.op import check_shape, compute_dtype
+from lmtrain.ops.op import check_labels, check_shape, compute_dtype
 
 CHUNK = 512
 SLAB = 32  # tokens of a chunk whose probabilities are held at once
@@ -226,7 +226,7 @@ def _check(name: str, hidden: Tensor, weight: Tensor, labels: Tensor, loss_weigh
     check_shape(name, "weight", weight, (None, hidden.shape[-1]))
     if weight.dtype != hidden.dtype:
         raise ValueError(f"{name}: weight: expected dtype {hidden.dtype} as hidden, got {weight.dtype}")
-    check_shape(name, "labels", labels, tuple(hidden.shape[:-1]))
+    check_labels(name, labels, tuple(hidden.shape[:-1]))
     if loss_weights is not None:
         check_shape(name, "loss_weights", loss_weights, tuple(labels.shape))
     if chunk < 1:

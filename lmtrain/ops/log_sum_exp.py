@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lmtrain.ops.diag_scan import diag_scan
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, Span, check_row, check_shape, compute_dtype, starts_of
+from lmtrain.ops.op import AffineOp, Cost, Span, check_row, check_shape, check_static, compute_dtype, starts_of
 
 INF = float("inf")
 NOTHING = -1e4
@@ -103,6 +103,7 @@ class LogSumExp(AffineOp):
     ) -> tuple[Tensor, Tensor]:
         """``(k,)`` to y ``[B, T, C]`` in k's dtype and the state after the last column. Raises ValueError naming the
         argument, what was expected and what was got."""
+        check_static(self.name, static)
         k = _check(inputs, docs, initial_state)
         if docs is not None and initial_state is not None and k.shape[1]:
             initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lmtrain.errors import nearest
 from lmtrain.ops.documents import Documents
 
 
@@ -120,18 +121,36 @@ def scaled(factor: Tensor, state: Tensor) -> Tensor:
 
 
 def check_row(op: str, argument: str, values: Tensor, docs: Documents | None, **others: Tensor | None) -> None:
-    """Raise ValueError unless ``values`` ``[B, T, ...]`` is floating, ``docs`` is of its rows, and all share a device.
+    """Raise ValueError unless all are floating and share a device, and ``docs`` is of the rows ``values [B, T, ...]``.
 
     others: the other tensors, by the names of their arguments.
     """
-    if not values.is_floating_point():
-        raise ValueError(f"{op}: {argument}: expected a floating dtype, got {values.dtype}")
+    for name, tensor in ((argument, values), *others.items()):
+        if tensor is not None and not tensor.is_floating_point():
+            raise ValueError(f"{op}: {name}: expected a floating dtype, got {tensor.dtype}")
     if docs is not None:
         check_shape(op, "docs.ids", docs.ids, tuple(values.shape[:2]))
         others["docs"] = docs.ids
     for name, other in others.items():
         if other is not None and other.device != values.device:
             raise ValueError(f"{op}: {name}: expected device {values.device} as {argument}, got {other.device}")
+
+
+def check_static(op: str, static: dict[str, Any], *known: str) -> None:
+    """Raise ValueError unless the settings ``static`` are among ``known`` and ``chunk``, if given, is 1 or more."""
+    for name in static:
+        if name not in known:
+            raise ValueError(f"{op}: {name}: no such setting{nearest(name, known)}")
+    chunk = static.get("chunk")
+    if chunk is not None and not (isinstance(chunk, int) and chunk >= 1):
+        raise ValueError(f"{op}: chunk: expected at least 1, got {chunk!r}")
+
+
+def check_labels(op: str, labels: Tensor, expected: tuple[int | None, ...]) -> None:
+    """Raise ValueError unless ``labels`` are integers of this shape."""
+    check_shape(op, "labels", labels, expected)
+    if labels.is_floating_point() or labels.dtype is torch.bool:
+        raise ValueError(f"{op}: labels: expected integers, got {labels.dtype}")
 
 
 def check_shape(op: str, argument: str, tensor: Tensor, expected: tuple[int | None, ...]) -> None:

@@ -47,11 +47,14 @@ def recurrence(
     for delta, value, key, query, start in zip(
         *(t.unbind(1) for t in (deltas, inputs, keys, queries)), starts, strict=True
     ):
-        decay = (delta[..., None] * rates).exp() if rates is not None else 1 - delta[..., None] * key.square()
         if start is not None:
             # where, not a product: a NaN of another document must not reach this one
             state = state.masked_fill(start, 0)
-        state = scaled(decay, state) + value[..., None] * key
+        if rates is not None:
+            kept = scaled((delta[..., None] * rates).exp(), state)
+        else:  # a decay of 0 is as good as any here, and has a gradient
+            kept = (1 - delta[..., None] * key.square()) * state
+        state = kept + value[..., None] * key
         outputs.append((state * query).sum(dim=-1))
     y = torch.stack(outputs, dim=1) if outputs else inputs
     return y.to(x.dtype), state

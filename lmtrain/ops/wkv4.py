@@ -17,7 +17,7 @@ from torch import Tensor
 from lmtrain.ops import library
 from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, Span, check_row, check_shape, compute_dtype, starts_of
+from lmtrain.ops.op import AffineOp, Cost, Span, check_row, check_shape, check_static, compute_dtype, starts_of
 
 EMPTY = -1e38  # p of an empty state: below all others, and finite, for its difference to itself
 
@@ -129,9 +129,8 @@ class WKV4(AffineOp):
         the argument, what was expected and what was got.
         """
         v, k, w, u = _check(inputs, docs, initial_state)
+        check_static(self.name, static, "chunk")
         chunk = static.get("chunk", 16)
-        if chunk < 1:
-            raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
         if docs is not None and initial_state is not None and v.shape[1]:
             initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included
         if library.backend(self.name, v.device.type, v.dtype) == "reference":

@@ -124,3 +124,25 @@ def conv(
         **({"bias": draw(channels)} if bias else {}),
         "initial_state": draw(batch, width - 1, channels),
     }
+
+
+def routed_conv(draw: Draw, batch: int, length: int, decay: float, *, width: int) -> Tensors:
+    memories, channels = 3, 21
+    return {
+        "x": draw(batch, length, memories, channels),
+        "weight": draw(channels, width),
+        "initial_state": draw(batch, memories, width - 1, channels),
+    }
+
+
+def routes(tensors: Tensors) -> Tensors:
+    """Which memories a token uses: one value in three says that it does not; a NaN does not."""
+    return {"used": ~(tensors["x"].detach()[..., 0] < -0.43)}
+
+
+def routed_conv_sees(tensors: Tensors) -> Tensor:
+    """bool ``[B, T, T]``: j is among the last W users, up to t, of a memory that t uses."""
+    used = routes(tensors)["used"]
+    users = used.cumsum(dim=1)
+    near = users[:, :, None] - users[:, None] < tensors["weight"].shape[1]
+    return (near & used[:, :, None] & used[:, None]).any(dim=-1)

@@ -225,7 +225,7 @@ def test_what_flash_attn_refuses(
     queries: int, key_dim: int, value_dim: int, combination: str, called: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = queries and 4
-    docs = Documents.from_ids(torch.zeros(B, queries))
+    docs = Documents.from_ids(torch.zeros(B, queries, dtype=torch.int32))
     q, k, v = (torch.zeros(B, n, 2, w) for n, w in ((queries, key_dim), (keys, key_dim), (keys, value_dim)))
     use(monkeypatch, "flash_attn")
     with pytest.raises(UsageError, match=rf"attention: backend flash_attn .* {combination}; kernels=torch does"):

@@ -104,4 +104,4 @@ def test_refused_ids(ids: Tensor, says: str) -> None:
 
 def test_refused_cut() -> None:
     with pytest.raises(ValueError, match=r"^documents: 4 columns do not divide into 3 shards$"):
-        Documents.from_ids(torch.zeros(1, 4)).cut(0, 3)
+        Documents.from_ids(torch.zeros(1, 4, dtype=torch.int32)).cut(0, 3)

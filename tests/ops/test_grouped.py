@@ -65,3 +65,21 @@ def test_grouped_mm_is_a_product_per_group(
     exact = {name: tensor.double() for name, tensor in tensors.items()}
     assert_close(found, run(each_row, exact, None, ("y",)), tolerance)
     assert all(tensor.dtype == dtype for tensor in found.values())
+
+
+def test_rows_that_do_not_fit_are_refused() -> None:
+    x, weight = torch.zeros(5, 8), torch.zeros(2, 8, 4)
+    faults = {
+        r"grouped_mm: weight: expected shape \[\*, 8, \*\], got \[2, 4, 8\]": (x, weight.mT, [2, 5]),
+        r"grouped_mm: offsets: expected shape \[2\], got \[3\]": (x, weight, [2, 4, 5]),
+        "grouped_mm: weight: expected dtype torch.float32 as x, got torch.bfloat16": (x, weight.bfloat16(), [2, 5]),
+        # of the loop, which reads them; torch's product is not asked, for that would wait for the device
+        r"grouped_mm: offsets: expected a rise to the 5 rows of x, got \[2, 4\]": (x.double(), weight.double(), [2, 4]),
+        r"grouped_mm: offsets: expected a rise to the 5 rows of x, got \[6, 5\]": (x.double(), weight.double(), [6, 5]),
+    }
+    for says, (rows, matrices, ends) in faults.items():
+        with pytest.raises(ValueError, match=f"^{says}$"):
+            grouped_mm(rows, matrices, torch.tensor(ends, dtype=torch.int32))
+    order, inverse = shuffled()
+    with pytest.raises(ValueError, match=r"^permute: inverse: expected shape \[37\], got \[36\]$"):
+        permute(torch.zeros(ROWS, 2), order, inverse[1:])

@@ -197,7 +197,7 @@ def test_never_holds_more_logits_than_a_chunk(form: Any, dtype: torch.dtype) -> 
         ("weight", torch.zeros(5, 3), r"weight: expected shape \[\*, 4\], got \[5, 3\]"),
         ("weight", torch.zeros(5, 4).double(), "weight: expected dtype torch.float32 as hidden, got torch.float64"),
         ("labels", torch.zeros(2, 2), r"labels: expected shape \[2, 3\], got \[2, 2\]"),
-        ("labels", torch.zeros(2, 3, device="meta"), "labels: expected device cpu as hidden, got meta"),
+        ("labels", torch.zeros(2, 3, device="meta").int(), "labels: expected device cpu as hidden, got meta"),
         ("loss_weights", torch.zeros(2, 2), r"loss_weights: expected shape \[2, 3\], got \[2, 2\]"),
         ("chunk", 0, "chunk: expected at least 1, got 0"),
     ],

@@ -11,6 +11,7 @@ from torch import Tensor
 from lmtrain.errors import UsageError
 from lmtrain.ops import Documents, library
 from lmtrain.ops.selective_scan import recurrence, selective_scan
+from tests.ops.scan_cases import rand
 
 NAMES = ("x", "dt", "A", "B", "C", "initial_state")
 BORDERS = {"none": None, "carried": (), "edges": (0, 1, 5, 6, 63, 64, 65, 127, 130, 190)}
@@ -363,3 +364,11 @@ def test_the_decay_must_fit_a() -> None:
 def test_cost_counts_the_states() -> None:
     shapes = ((1, 64, 6), (1, 64, 6), (6, 3), (1, 64, 2, 3), (1, 64, 2, 3))
     assert selective_scan.cost(*shapes).model_flops == 64 * 6 * (7 * 3 + 1)
+
+
+def test_longhorns_decay_of_exactly_0_has_a_gradient(kernels: str) -> None:
+    """1 - dt B^2 passes through 0: what the state would have added to the gradients of dt and B is still there."""
+    x, dt, b = rand(1, 3, 2, seed=1), torch.ones(1, 3, 2).double(), torch.ones(1, 3, 1, 1).double()
+    c, state = rand(1, 3, 1, 1, seed=2), rand(1, 2, 1, seed=3)
+    leaves = [tensor.requires_grad_() for tensor in (x, dt, b, c, state)]
+    assert torch.autograd.gradcheck(lambda x, dt, b, c, h: selective_scan(x, dt, None, b, c, initial_state=h), leaves)
