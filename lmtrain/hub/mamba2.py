@@ -35,7 +35,8 @@ def mixer_reasons(cfg: ModelConfig) -> list[str]:
     mixers: list[Mamba2Config] = distinct(cfg, "mamba2")
     eps = [one.norm_eps for one in mixers if one.norm_eps != cfg.norm_eps]
     found = [f"mamba2.norm_eps is {one:g} and model.norm_eps {cfg.norm_eps:g}, it has one" for one in eps]
-    return found + differing("mamba2", mixers, except_for=("norm_eps", "chunk"))  # chunk does not change the function
+    # chunk does not change the function, mimetic_length is about initial values alone
+    return found + differing("mamba2", mixers, except_for=("norm_eps", "chunk", "mimetic_length"))
 
 
 class Mamba2(HubClass):

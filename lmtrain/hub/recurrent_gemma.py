@@ -87,19 +87,16 @@ class RecurrentGemma(Layered):
     def block(self, cfg: ModelConfig, settings: Any) -> list[Rule]:
         if settings.kind == "mlp":
             return MLP
-        mixer = self._attention(settings) if settings.kind == "attention" else self._recurrent(settings)
-        last = "o_proj" if settings.kind == "attention" else "linear_out"
-        if not isinstance(settings, AttentionConfig) or settings.bias != "all":
-            mixer.append(Rule((), (f"{last}.bias",), zeros((cfg.d_model,))))
+        mixer = self._attention(cfg, settings) if settings.kind == "attention" else self._recurrent(settings)
         return [
             TEMPORAL,
             *(Rule(r.ours, tuple(f"temporal_block.{n}" for n in r.disk), r.transform, r.keep_fp32) for r in mixer),
         ]
 
-    def _attention(self, settings: AttentionConfig) -> list[Rule]:
-        biased = {"none": "", "qkv": "qkv", "all": "qkvo"}[settings.bias]
+    def _attention(self, cfg: ModelConfig, settings: AttentionConfig) -> list[Rule]:
+        absent = [] if "o" in settings.biased else [Rule((), ("o_proj.bias",), zeros((cfg.d_model,)))]
         found = [same(f"branch.{name}.weight", f"{name}_proj.weight") for name in "qkvo"]
-        return found + [same(f"branch.{name}.bias", f"{name}_proj.bias") for name in biased]
+        return found + [same(f"branch.{name}.bias", f"{name}_proj.bias") for name in settings.biased] + absent
 
     def _recurrent(self, settings: RGLRUConfig) -> list[Rule]:
         by_head = _by_head(settings.num_heads)
@@ -118,7 +115,7 @@ class RecurrentGemma(Layered):
             same("branch.conv.bias", "conv_1d.bias"),
             *gates,
             Rule(("branch.gates.exact.Lambda",), ("rg_lru.recurrent_param",), keep_fp32=True),
-            same("branch.o.weight", "linear_out.weight"),
+            *_linear("o", "linear_out"),
         ]
 
     def config(self, cfg: ModelConfig, vocab_size: int, seq_len: int) -> dict[str, Any]:
@@ -145,7 +142,7 @@ class RecurrentGemma(Layered):
             settings |= {
                 "num_key_value_heads": one.kv_heads,
                 "attention_window_size": one.window,
-                "attention_bias": one.bias != "none",
+                "attention_bias": "q" in one.biased,
                 "rope_parameters": {"rope_type": "default", **rope},
             }
         return settings

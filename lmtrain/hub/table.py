@@ -103,7 +103,7 @@ def less_one(ours: str, disk: str) -> Rule:
 KNOWN: dict[str, str] = {
     "model": "d_model branches pattern vocab_size vocab_multiple tie_embeddings norm_eps init_std",
     "attention": "kind num_heads num_kv_heads head_dim rope rope_theta qk_norm window",
-    "mamba2": "kind d_state head_dim expand num_groups conv_width chunk norm_eps",
+    "mamba2": "kind d_state head_dim expand num_groups conv_width chunk norm_eps mimetic_length",
     "mlp": "kind d_ff activation",
     "moe": "kind num_experts top_k d_expert num_shared d_shared activation router normalise_weights scale balance "
     "aux_weight bias_rate",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Init, ParamInfo, matrix, named
 from lmtrain.model.context import Context
-from lmtrain.model.settings import at_least, taps
+from lmtrain.model.settings import at_least, positive, taps
 from lmtrain.model.short_conv import ShortConv
 from lmtrain.ops.op import compute_dtype
 
@@ -33,6 +33,7 @@ class DeltaConfig(Answers):
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "head_dim")
         taps(self)
+        positive(self, "norm_eps")
 
 
 def unit(x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lmtrain.errors import UsageError
@@ -9,18 +10,18 @@ from lmtrain.ops.causal_conv1d import MAX_WIDTH
 
 
 def at_least(settings: Any, minimum: int, *keys: str) -> None:
-    """Refuse settings of which one of these keys is below ``minimum``; None passes."""
+    """Refuse settings of which one of these keys is below ``minimum``, or no finite number; None passes."""
     for key in keys:
         value = getattr(settings, key)
-        if value is not None and value < minimum:
+        if value is not None and not minimum <= value < math.inf:
             raise UsageError(f"{settings.kind}: {key}: expected at least {minimum}, got {value}")
 
 
 def positive(settings: Any, *keys: str) -> None:
-    """Refuse settings of which one of these keys is 0 or less; None passes."""
+    """Refuse settings of which one of these keys is 0 or less, or no finite number; None passes."""
     for key in keys:
         value = getattr(settings, key)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise UsageError(f"{settings.kind}: {key}: expected more than 0, got {value:g}")
 
 

@@ -46,6 +46,7 @@ BRANCHES: dict[str, Any] = {
     "channel": RWKVChannelConfig(d_ff=80, version="4"),
     "lru": RGLRUConfig(num_heads=4, conv_width=3),
     "half_turned": AttentionConfig(num_heads=4, num_kv_heads=1, rope_fraction=0.5, rope_theta=5e4, window=20),
+    "biased_out": AttentionConfig(4, num_kv_heads=1, rope_fraction=0.5, window=24, bias="out"),
     "quarter_turned": AttentionConfig(4, num_kv_heads=2, rope_fraction=0.25, window=40, bias="all"),
     "geglu": MLPConfig(d_ff=80, activation="geglu", bias=True),
     "ssm": Mamba2Config(d_state=8, head_dim=16, num_groups=2, chunk=16),
@@ -123,6 +124,10 @@ MODELS = {
         "lru geglu quarter_turned geglu",
         {"embedding_scale": 8.0, "tie_embeddings": True},
     ),
+    "RecurrentGemma as published": (
+        "2 * (lru geglu) biased_out geglu",
+        {"embedding_scale": 8.0, "logit_softcap": 2.0, "tie_embeddings": True},
+    ),
     "RecurrentGemma without attention": ("2 * (lru geglu)", {"embedding_scale": 8.0}),
     "Rwkv": ("2 * (time channel)", {"norm": "layer", "embedding_norm": True}),
     "Rwkv tied": ("3 * (time channel)", {"norm": "layer", "embedding_norm": True, "tie_embeddings": True}),
@@ -169,6 +174,10 @@ def build(cfg: ModelConfig) -> LanguageModel:
     for name, parameter in model.named_parameters():
         if name.endswith("router.weight"):
             parameter.mul_(10)  # else the bias alone chooses, and some experts are never used
+        if name.endswith(("experts.up_bias", "experts.gate_bias")):
+            parameter.add_(torch.linspace(-9, 9, parameter.shape[1]))  # beyond what gpt-oss clamps
+        if name.endswith("norm.weight"):
+            parameter.clamp_(min=0.5)  # w - 1 is on disk: exact both ways from there on
         if name.endswith("mix.weight"):
             parameter.mul_(2**22).round_().div_(2**22)  # 1 - share is on disk: exact both ways for these
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from torch import Tensor
 from lmtrain.hub.card import card
 from lmtrain.hub.folder import write_folder
 from lmtrain.hub.match import require
-from tests.hub.models import MODELS, build, config, random_tokens, tokenizer
+from lmtrain.hub.recurrent_gemma import embedding_scale
+from lmtrain.model.context import LocalContext
+from lmtrain.model.language_model import LanguageModel
+from lmtrain.ops.documents import Documents
+from tests.hub.models import MODELS, VOCAB, build, config, random_tokens, tokenizer
 
 PROMPT, LENGTH = 7, 12
 Run = Callable[[Any, Tensor], Tensor]
@@ -87,6 +92,53 @@ def test_limits_are_real(tmp_path: Path, name: str, run: Run) -> None:
 @pytest.mark.parametrize(("name", "run"), RIGHT)
 def test_others_have_no_such_limit(tmp_path: Path, name: str, run: Run) -> None:
     assert difference(tmp_path, name, run) < 1e-4
+
+
+WITHOUT_ATTENTION = [name for name in MODELS if "without attention" in name]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WITHOUT_ATTENTION)
+def test_classes_whose_cache_needs_an_attention_layer(tmp_path: Path, name: str) -> None:
+    """Why ``use_cache`` is false in their exports: a forward with the cache fails, one without is fine."""
+    from transformers import AutoModelForCausalLM
+
+    ours = build(config(name))
+    write_folder(tmp_path / "export", require(ours.cfg), ours, tokenizer(tmp_path), 128, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    tokens = random_tokens(1, LENGTH, seed=5)
+    assert model(tokens, use_cache=False).logits.isfinite().all()
+    with pytest.raises(ValueError, match="get_seq_length"):
+        model(tokens[:, LENGTH - 1 :], past_key_values=model(tokens[:, :-1], use_cache=True).get("past_key_values"))
+
+
+@torch.no_grad()
+def test_recurrent_gemma_rounds_the_scale_of_its_embedding(tmp_path: Path) -> None:
+    """To bfloat16, where d_model is no square: ours has to be rounded too, or it computes another model."""
+    from transformers import AutoModelForCausalLM
+
+    d_model, tokens = 80, random_tokens(2, LENGTH, seed=5)
+    ours = build(dataclasses.replace(config("RecurrentGemma", d_model), embedding_scale=embedding_scale(d_model)))
+    write_folder(tmp_path / "export", require(ours.cfg), ours, tokenizer(tmp_path), 128, torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()(tokens, use_cache=False).logits
+    exact = LanguageModel(dataclasses.replace(ours.cfg, embedding_scale=d_model**0.5), VOCAB)
+    exact.load_state_dict(ours.state_dict())
+    ctx = LocalContext(Documents.from_ids(torch.zeros(2, LENGTH, dtype=torch.int32)))
+    rounded, other = (float((model(tokens, ctx, {})[0] - theirs).abs().max() / theirs.std()) for model in (ours, exact))
+    assert rounded < 1e-4 < other
+
+
+@torch.no_grad()
+def test_rwkv_saved_again_after_a_forward_is_the_same(tmp_path: Path) -> None:
+    """By default its weights are divided in place from the seventh layer on, at the first forward in eval mode."""
+    from transformers import AutoModelForCausalLM
+
+    ours = build(dataclasses.replace(config("Rwkv"), pattern="8 * (time channel)"))
+    write_folder(tmp_path / "export", require(ours.cfg), ours, tokenizer(tmp_path), 128, torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model(random_tokens(1, LENGTH, seed=5), use_cache=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_every_limit_is_shown_and_told() -> None:

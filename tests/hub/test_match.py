@@ -105,6 +105,16 @@ def test_no_window_and_uneven_heads_go_to_mistral() -> None:
     assert require(cfg).name == "Mistral"
 
 
+@pytest.mark.parametrize(
+    ("name", "branch"),
+    [("Mamba", "mamba"), ("Mamba2", "ssm"), ("NemotronH", "ssm"), ("FalconH1", "ssm"), ("GraniteMoeHybrid", "ssm")],
+)
+def test_initial_values_do_not_matter_to_a_class(name: str, branch: str) -> None:
+    cfg = config(name)
+    started = dataclasses.replace(cfg.branches[branch], mimetic_length=32)
+    assert require(dataclasses.replace(cfg, branches=cfg.branches | {branch: started})).name == name
+
+
 def test_dense_nope_stack_goes_to_nemotron() -> None:
     assert require(_config("nope relu2 nope relu2", {}, {})).name == "NemotronH"
 

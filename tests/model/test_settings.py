@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -36,13 +38,19 @@ def test_a_convolution_has_2_to_16_taps(kind: str, width: int) -> None:
         ("mamba2", {"norm_eps": 0.0}, "mamba2: norm_eps: expected more than 0, got 0"),
         (
             "moe",
-            {"num_experts": 4, "top_k": 1, "d_expert": 8, "d_shared": 8},
+            {"num_experts": 4, "top_k": 2, "d_expert": 8, "d_shared": 8},
             "moe: d_shared 8: it needs at least 1, and num_shared of at least 1",
         ),
         (
             "moe",
-            {"num_experts": 4, "top_k": 1, "d_expert": 8, "aux_weight": -0.1},
+            {"num_experts": 4, "top_k": 2, "d_expert": 8, "aux_weight": -0.1},
             "moe: aux_weight: expected at least 0, got -0.1",
+        ),
+        (
+            "moe",
+            {"num_experts": 4, "top_k": 1, "d_expert": 8},
+            "moe: top_k 1 with normalise_weights: the weight is always 1, so that the router learns nothing of what it "
+            "chooses; set normalise_weights false, or top_k 2",
         ),
     ],
 )
@@ -50,6 +58,21 @@ def test_values_that_would_compute_nonsense(kind: str, settings: dict[str, Any],
     with pytest.raises(UsageError) as caught:
         KINDS[kind].Config(**settings)
     assert str(caught.value) == says
+
+
+NUMBERS = [
+    (settings, field.name)
+    for settings in {settings.kind: settings for settings in BRANCHES.values()}.values()
+    for field in fields(settings)
+    if isinstance(getattr(settings, field.name), float) or field.name in ("softcap", "scale")
+]
+
+
+@pytest.mark.parametrize(("settings", "name"), NUMBERS, ids=lambda value: getattr(value, "kind", value))
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_no_kind_takes_a_number_that_makes_nonsense(settings: Any, name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=rf"^{settings.kind}: {name}: expected .*, got {value:g}"):
+        replace(settings, **{name: value})
 
 
 def test_branches_side_by_side_cannot_hand_each_other_a_stream() -> None:

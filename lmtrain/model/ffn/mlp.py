@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
+from lmtrain.model.settings import at_least
 
 Activation = Literal["swiglu", "swiglu_clamped", "geglu", "gelu", "relu2"]
 GATED = ("swiglu", "swiglu_clamped", "geglu")
@@ -35,8 +35,7 @@ class MLPConfig(Answers):
     """Add a bias in every projection (Griffin)."""
 
     def __post_init__(self) -> None:
-        if self.d_ff < 1:
-            raise UsageError(f"mlp: d_ff: expected at least 1, got {self.d_ff}")
+        at_least(self, 1, "d_ff")
 
 
 def activate(activation: Activation, up: Tensor, gate: Tensor | None) -> Tensor:

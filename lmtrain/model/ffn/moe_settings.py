@@ -7,6 +7,7 @@ from typing import Literal
 
 from lmtrain.errors import UsageError
 from lmtrain.model.ffn.mlp import GATED, Activation, MLPConfig
+from lmtrain.model.settings import at_least, positive
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class MoEConfig:
     router: Literal["softmax", "sigmoid", "expert_choice"] = "softmax"
     """How scores become weights: softmax over all experts, or a sigmoid of each."""
     normalise_weights: bool = True
-    """Divide the chosen weights by their sum."""
+    """Divide the chosen weights by their sum; not with top_k 1."""
     scale: float = 1.0
     """Factor on the routed experts' sum."""
     num_groups: int = 1
@@ -49,18 +50,18 @@ class MoEConfig:
     """How far the selection bias moves in a step."""
 
     def __post_init__(self) -> None:
-        for key in ("num_experts", "top_k", "d_expert", "num_groups", "top_groups"):
-            if getattr(self, key) < 1:
-                raise UsageError(f"moe: {key}: expected at least 1, got {getattr(self, key)}")
+        at_least(self, 1, "num_experts", "top_k", "d_expert", "num_groups", "top_groups")
+        at_least(self, 0, "num_shared", "aux_weight", "bias_rate")
+        positive(self, "scale")
         if self.top_k > self.num_experts:
             raise UsageError(f"moe: top_k: expected at most num_experts {self.num_experts}, got {self.top_k}")
-        if self.num_shared < 0:
-            raise UsageError(f"moe: num_shared: expected at least 0, got {self.num_shared}")
         if self.d_shared is not None and (self.d_shared < 1 or not self.num_shared):
             raise UsageError(f"moe: d_shared {self.d_shared}: it needs at least 1, and num_shared of at least 1")
-        for key in ("aux_weight", "bias_rate"):
-            if getattr(self, key) < 0:
-                raise UsageError(f"moe: {key}: expected at least 0, got {getattr(self, key):g}")
+        if self.top_k == 1 and self.num_experts > 1 and self.normalise_weights:
+            raise UsageError(
+                "moe: top_k 1 with normalise_weights: the weight is always 1, so that the router learns nothing of "
+                "what it chooses; set normalise_weights false, or top_k 2"
+            )
         if self.shared_gate and not self.num_shared:
             raise UsageError("moe: shared_gate: there are no shared experts; set num_shared")
         if self.router == "expert_choice":

@@ -18,7 +18,7 @@ from lmtrain.model.context import Context
 from lmtrain.model.delta_inputs import DeltaInputs
 from lmtrain.model.init import log_uniform_range, normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least, divisor_near, taps
+from lmtrain.model.settings import at_least, divisor_near, positive, taps
 from lmtrain.model.state_space import DecayRate
 from lmtrain.ops import delta
 from lmtrain.ops.op import Cost
@@ -48,6 +48,7 @@ class GatedDeltaNetConfig(Answers):
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "num_value_heads", "head_dim", "value_dim")
         taps(self)
+        positive(self, "norm_eps")
         if self.value_heads % self.num_heads:
             works = divisor_near(self.value_heads, self.num_heads)
             told = f"num_heads {self.num_heads} does not divide num_value_heads {self.value_heads}; {works} does"

@@ -44,7 +44,7 @@ class GLAConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "gate_rank")
-        positive(self, "gate_normalizer", "norm_eps")
+        positive(self, "expand_k", "expand_v", "gate_normalizer", "norm_eps")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """Key and value channels of a head. UsageError unless both are whole numbers of at least 1."""

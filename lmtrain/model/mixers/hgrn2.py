@@ -24,7 +24,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import constant, normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least, whole_heads
+from lmtrain.model.settings import at_least, positive, whole_heads
 from lmtrain.ops import gla
 from lmtrain.ops.op import Cost, compute_dtype
 
@@ -42,6 +42,7 @@ class HGRN2Config(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "head_dim")
+        positive(self, "norm_eps")
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
         row = (1, seq_len, whole_heads(self, d_model), self.head_dim)

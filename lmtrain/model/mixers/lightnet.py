@@ -20,7 +20,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least, whole_heads
+from lmtrain.model.settings import at_least, positive, whole_heads
 from lmtrain.ops import gla
 from lmtrain.ops.log_sum_exp import log_sum_exp
 from lmtrain.ops.op import Cost, compute_dtype
@@ -41,6 +41,7 @@ class LightNetConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "head_dim", "gate_rank")
+        positive(self, "norm_eps")
 
     def scan_cost(self, d_model: int, seq_len: int) -> Cost:
         """Without the few operations per key of z."""

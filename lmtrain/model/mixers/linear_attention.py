@@ -23,7 +23,7 @@ from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matri
 from lmtrain.model.context import Context
 from lmtrain.model.init import normal
 from lmtrain.model.readout import Readout
-from lmtrain.model.settings import at_least, divisor_near
+from lmtrain.model.settings import at_least, divisor_near, positive
 from lmtrain.ops import ssd
 from lmtrain.ops.op import Cost, compute_dtype
 
@@ -53,6 +53,7 @@ class LinearAttentionConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads", "head_dim")
+        positive(self, "norm_eps")
         if self.decay == "lightning" and self.feature_map is not None:
             raise UsageError(
                 f"linear_attention: feature_map {self.feature_map}: lightning has silu and no other; leave it out, "

@@ -15,11 +15,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.answers import Answers
 from lmtrain.model.branch import Branch, ParamInfo, Place, State, Streams, matrix, register
 from lmtrain.model.context import Context
 from lmtrain.model.init import fan_in_uniform
+from lmtrain.model.settings import at_least
 from lmtrain.ops.op import compute_dtype
 
 
@@ -33,8 +33,7 @@ class LSTMConfig(Answers):
     """Units; default: d_model."""
 
     def __post_init__(self) -> None:
-        if self.d_hidden is not None and self.d_hidden < 1:
-            raise UsageError(f"lstm: d_hidden: expected at least 1, got {self.d_hidden}")
+        at_least(self, 1, "d_hidden")
 
 
 class Recurrence(nn.Module):

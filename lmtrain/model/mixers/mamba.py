@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from lmtrain.errors import UsageError
 from lmtrain.model.branch import ParamInfo, Place, named, register
 from lmtrain.model.mimetic import mimetic
 from lmtrain.model.mixers.selective import Selective, SelectiveConfig
+from lmtrain.model.settings import at_least
 from lmtrain.model.state_space import DecayRate
 from lmtrain.ops.op import compute_dtype
 
@@ -40,8 +40,7 @@ class MambaConfig(SelectiveConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mimetic_length is not None and self.mimetic_length < 1:
-            raise UsageError(f"mamba: mimetic_length: expected at least 1, got {self.mimetic_length}")
+        at_least(self, 1, "mimetic_length")
 
     def rates(self, inner: int) -> tuple[int, ...]:
         return inner, self.d_state
@@ -78,7 +77,7 @@ class Mamba(Selective):
     def param_info(self) -> dict[str, ParamInfo]:
         info = super().param_info() | named("decay", self.decay.param_info(self.inner, log_of_one_to_n))
         length, taps, biases = self.mimetic_length, ("conv.weight",), ("conv.bias",)
-        return mimetic(info, length, self.place, steps="dt_out.weight", taps=taps, biases=biases) if length else info
+        return mimetic(info, length, steps="dt_out.weight", taps=taps, biases=biases) if length else info
 
 
 def log_of_one_to_n(shape: tuple[int, ...], generator: Generator) -> Tensor:

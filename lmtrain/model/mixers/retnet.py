@@ -22,7 +22,7 @@ from lmtrain.model.context import Context
 from lmtrain.model.init import normal
 from lmtrain.model.readout import Readout
 from lmtrain.model.rope import rotate
-from lmtrain.model.settings import at_least, head_width
+from lmtrain.model.settings import at_least, head_width, positive
 from lmtrain.ops import ssd
 from lmtrain.ops.op import Cost, compute_dtype
 
@@ -46,6 +46,7 @@ class RetNetConfig(Answers):
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_heads")
+        positive(self, "expand_k", "expand_v", "rope_theta", "norm_eps")
 
     def widths(self, d_model: int) -> tuple[int, int]:
         """Key and value channels of a head. UsageError unless both are whole numbers, and keys are pairs."""
