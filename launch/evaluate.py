@@ -17,6 +17,9 @@ from pathlib import Path
 sys.path[:] = [entry for entry in sys.path if not entry or Path(entry).resolve() != Path(__file__).resolve().parent]
 
 from lmtrain.eval.command import main  # noqa: E402
+from lmtrain.pipe import ends_with_its_reader  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or ""))
+    with ends_with_its_reader():
+        code = main(sys.argv[1:], __doc__ or "")
+    sys.exit(code)

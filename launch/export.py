@@ -3,6 +3,9 @@
 import sys
 
 from lmtrain.export import main
+from lmtrain.pipe import ends_with_its_reader
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with ends_with_its_reader():
+        code = main()
+    sys.exit(code)

@@ -23,10 +23,12 @@ from typing import Any, get_type_hints
 
 from lmtrain.data.corpora.debian_corpus import write_debian_corpus
 from lmtrain.data.corpora.python_corpus import write_python_corpus
+from lmtrain.data.counted import counted
 from lmtrain.data.ingest.ingest import PrepareConfig, prepare
 from lmtrain.data.ingest.reading import SourceOptions
 from lmtrain.data.store_verbs import VERBS, summary
-from lmtrain.errors import EXIT_DONE, LmtrainError, UsageError, nearest
+from lmtrain.errors import EXIT_DONE, EXIT_IO, LmtrainError, UsageError, nearest
+from lmtrain.pipe import ends_with_its_reader
 
 
 def main(argv: list[str]) -> int:
@@ -44,6 +46,11 @@ def main(argv: list[str]) -> int:
     except LmtrainError as error:
         print(f"prepare: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        print(f"prepare: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+        return EXIT_IO
     return EXIT_DONE
 
 
@@ -122,7 +129,7 @@ def _python_corpus(argv: Sequence[str]) -> None:
     """
     out = _out("python-corpus", argv)
     for name, (documents, size) in write_python_corpus(out).items():
-        print(f"  {out}/{name}.jsonl: {documents:,} documents, {size / 1e6:.2f} MB")
+        print(f"  {out}/{name}.jsonl: {counted(documents, 'document')}, {size / 1e6:.2f} MB")
 
 
 def _debian_corpus(argv: Sequence[str]) -> None:
@@ -135,7 +142,8 @@ def _debian_corpus(argv: Sequence[str]) -> None:
     out = _out("debian-corpus", argv)
     made = write_debian_corpus(out)
     for name, domain in made["domains"].items():
-        print(f"  {out}/{name}.jsonl: {domain['documents']:,} documents, {domain['bytes_of_text'] / 1e6:.2f} MB")
+        size = f"{domain['bytes_of_text'] / 1e6:.2f} MB"
+        print(f"  {out}/{name}.jsonl: {counted(domain['documents'], 'document')}, {size}")
     print(f"  {out}/SOURCES.json: packages, versions, licences; digest of the corpus {made['digest']}")
 
 
@@ -150,4 +158,6 @@ CORPORA: dict[str, Callable[[Sequence[str]], None]] = {"python-corpus": _python_
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with ends_with_its_reader():
+        code = main(sys.argv[1:])
+    sys.exit(code)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from lmtrain.errors import EXIT_DONE, LmtrainError, UsageError, nearest
+from lmtrain.pipe import ends_with_its_reader
 
 
 def main(argv: list[str]) -> int:
@@ -55,4 +56,6 @@ def parse(argv: list[str]) -> tuple[Path, Path | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with ends_with_its_reader():
+        code = main(sys.argv[1:])
+    sys.exit(code)

@@ -7,6 +7,8 @@
     python launch/schedule.py set runs/x code=0                        remove a source
     python launch/schedule.py skip runs/x tokens=2e6                   pass over what comes next
     python launch/schedule.py add runs/x news=data/news/news share=0.1      a new source, made by launch/prepare.py
+    python launch/schedule.py add runs/x recall=lmtrain.eval.probes.mqar:mqar arguments.pairs=4 arguments.length=64 \\
+        arguments.num_keys=32 arguments.num_values=32 share=0.05       one that is a function (docs/data.md)
 
 A source called at, reason or share is weights.NAME= for set and add.NAME= for add.
 
@@ -18,7 +20,10 @@ from __future__ import annotations
 
 import sys
 
+from lmtrain.pipe import ends_with_its_reader
 from lmtrain.pretrain.schedule_command import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:], __doc__ or ""))
+    with ends_with_its_reader():
+        code = main(sys.argv[1:], __doc__ or "")
+    sys.exit(code)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lmtrain.data.blocks.function import document_function
 from lmtrain.errors import UsageError
 from lmtrain.eval.probes.document import NOT_ASKED, Document, generator
 
@@ -23,6 +24,7 @@ def vocab_size(num_keys: int, num_values: int) -> int:
     return 1 + num_keys + num_values
 
 
+@document_function
 def mqar(seed: int, index: int, *, pairs: int, length: int, num_keys: int, num_values: int) -> Document:
     """Document ``index`` of ``length`` tokens. UsageError where that many pairs, or slots, do not fit."""
     slots = (length - 2 * pairs) // 2

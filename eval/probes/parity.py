@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from lmtrain.data.blocks.function import document_function
 from lmtrain.errors import UsageError
 from lmtrain.eval.probes.document import NOT_ASKED, Document, generator
 
@@ -15,6 +16,7 @@ EVEN, ODD = 2, 3
 VOCAB_SIZE = 4
 
 
+@document_function
 def parity(seed: int, index: int, *, bits: int) -> Document:
     """``bits`` independent fair bits and the last answer: ``bits + 1`` tokens. UsageError unless bits is positive."""
     if bits < 1:

@@ -9,6 +9,7 @@ import torch
 
 from lmtrain.config.files import COMMAND_LINE, Tree
 from lmtrain.config.recipe import Launch, Recipe
+from lmtrain.data.order.steps import nearest_multiple
 from lmtrain.errors import UsageError
 from lmtrain.model.branch import Place, branch_class
 from lmtrain.train.learning_rate import check as check_schedule
@@ -31,6 +32,11 @@ def _length(recipe: Recipe, tree: Tree) -> None:
             raise tree.error("train", "how long? give one of steps (optimizer steps) and tokens")
         last = "steps" if tree.origin("train.tokens") == COMMAND_LINE else "tokens"
         raise tree.error("train", f"steps and tokens are both set; keep one (e.g. train.{last}=null)")
+    for key, value in (("train.steps", train.steps), ("checkpoint.every", recipe.checkpoint.every)):
+        if value is not None and value % data.run_blocks:
+            works = nearest_multiple(value, data.run_blocks)
+            message = f"{value} steps are no whole groups of {data.run_blocks} (data.run_blocks); nearest: {works}"
+            raise tree.error(key, message)
     if train.batch_tokens % data.seq_len:
         rows = max(1, round(train.batch_tokens / data.seq_len))
         message = f"{train.batch_tokens} is no multiple of data.seq_len {data.seq_len} (nearest: {rows * data.seq_len})"

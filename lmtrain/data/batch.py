@@ -74,28 +74,32 @@ def make_batch(
     before: Tensor | None = None,
     padding: Tensor | None = None,
     targets: Tensor | None = None,
+    labels: Tensor | None = None,
 ) -> Batch:
     """A batch from whole windows.
 
     tokens: int ``[B, T + 1]``: inputs are ``[:, :T]``, labels ``[:, 1:]``. ids: int32 ``[B, T + 1]`` document ids.
     A label whose document differs from its input's is ignored. padding: bool ``[B, T + 1]``, True where no token is.
-    targets: bool ``[B, T + 1]``, True for the tokens that may be labels; None: all.
+    targets: bool ``[B, T + 1]``, True for the tokens that may be labels; None: all. labels: int32 ``[B, T]``, what is
+    asked after each input, ``IGNORE`` where nothing is; None: the next token.
     """
+    asked = tokens[:, 1:].to(torch.int32) if labels is None else labels
     ignored = ids[:, 1:] != ids[:, :-1]
     if padding is not None:
         ignored = ignored | padding[:, 1:] | padding[:, :-1]
     if targets is not None:
         ignored = ignored | ~targets[:, 1:]
-    labels = tokens[:, 1:].to(torch.int32).masked_fill(ignored, IGNORE)
+    if labels is not None:
+        ignored = ignored | (labels == IGNORE)
     docs = Documents.from_ids(ids[:, :-1].contiguous(), before)
     return Batch(
         tokens=tokens[:, :-1].to(torch.int32).contiguous(),
-        labels=labels.contiguous(),
+        labels=asked.masked_fill(ignored, IGNORE).contiguous(),
         docs=docs,
         positions=docs.positions(),
         source=source.to(torch.int32),
         block=block.to(torch.int64),
         run=block.to(torch.int64) if run is None else run.to(torch.int64),
-        num_targets=labels.numel() - int(torch.count_nonzero(ignored)),
+        num_targets=asked.numel() - int(torch.count_nonzero(ignored)),
         log_length=log_length,
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from lmtrain.data.blocks.blocks import Blocks, ConcatBlocks
+from lmtrain.data.blocks.function import DocumentFunction
 from lmtrain.data.blocks.packing import BestFitBlocks, UnpackedBlocks
 from lmtrain.data.blocks.synthetic import SyntheticBlocks
 from lmtrain.data.config import DataConfig
@@ -15,45 +18,73 @@ from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, UsageError, nearest
 
 
+@dataclass(frozen=True)
+class Arrival:
+    """A source that came during the run and was checked by the main process, for a process of its own to open.
+
+    seed: of the run.
+    """
+
+    name: str
+    source: AddedSource
+    seed: int
+
+    def blocks(self, cfg: DataConfig) -> Blocks:
+        """Raises DataError if the content is another by now."""
+        _check_content(self.name, self.source)
+        if self.source.path is None:
+            return SyntheticBlocks(_function(self.name, self.source), cfg.block_length, self.seed)
+        return packed(open_train(self.name, self.source.path, cfg), cfg)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A source as blocks; ``stored`` is None for one without files."""
+
+    name: str
+    blocks: Blocks
+    bytes_per_token: float
+    stored: Source | None
+
+
 class Catalog:
-    """Raises DataError for the first source of ``cfg`` that cannot be read or was made with another tokenizer.
+    """Raises DataError for the first source of ``cfg`` that cannot be read, was made with another tokenizer, or makes
+    tokens that the tokenizer does not have; UsageError for a function that cannot be called.
 
     blocks, bytes_per_token (UTF-8 text, on average; 1 where there is no text): by name, in the order of source ids.
-    added: those that came later. seed: of the run.
+    added, stored: those that came later, and those with files. seed: of the run.
     """
 
     def __init__(self, cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> None:
-        self.cfg, self.tokenizer = cfg, tokenizer
+        self.cfg, self.tokenizer, self.seed = cfg, tokenizer, seed
         self.blocks: dict[str, Blocks] = {}
         self.bytes_per_token: dict[str, float] = {}
-        self.added: dict[str, AddedSource] = {}
+        self.added: dict[str, Arrival] = {}
+        self.stored: dict[str, Source] = {}
         stored = {source.name: source for source in open_sources(cfg, tokenizer)}
         for name, settings in cfg.sources.items():
             if settings.synthetic is None:
-                self._take(stored[name])
+                self._take(self._packed(stored[name]))
             else:
-                self.blocks[name] = SyntheticBlocks(
-                    name, settings.synthetic, cfg.block_length, seed, settings.arguments
-                )
-                self.bytes_per_token[name] = 1.0
+                self._take(self._made(DocumentFunction(name, settings.synthetic, settings.arguments)))
 
     def sizes(self) -> dict[str, int]:
         """Blocks of one epoch by name."""
         return {name: blocks.num_blocks for name, blocks in self.blocks.items()}
 
-    def check(self, events: Sequence[Event]) -> tuple[list[Source], dict[str, int]]:
+    def check(self, events: Sequence[Event]) -> tuple[list[Opened], dict[str, int]]:
         """The sources that ``events`` add, opened but not taken, and their blocks by name.
 
         Raises UsageError or DataError for one that cannot be read, or a mixture that names what cannot be.
         """
-        opened: list[Source] = []
+        opened: list[Opened] = []
         new: dict[str, int] = {}
         for event in events:
             for name, added in event.sources.items():
                 if name in self.blocks:
                     raise UsageError(f"the schedule adds source {name}, which there is; give it another name")
                 opened.append(self._open(name, added))
-                new[name] = packed(opened[-1].train, self.cfg).num_blocks
+                new[name] = opened[-1].blocks.num_blocks
         sizes = self.sizes() | new
         # an added source without a share too: it may get one, and its epochs are counted
         for name in [*new, *sorted({name for event in events for name in event.weights})]:
@@ -70,18 +101,35 @@ class Catalog:
     def add(self, events: Sequence[Event]) -> dict[str, int]:
         """Take the sources that ``events`` add, with the next ids; their blocks by name. An error changes nothing."""
         opened, new = self.check(events)
-        self.added |= {name: added for event in events for name, added in event.sources.items()}
-        for source in opened:
-            self._take(source)
+        for event in events:
+            self.added |= {name: Arrival(name, source, self.seed) for name, source in event.sources.items()}
+        for each in opened:
+            self._take(each)
         return new
 
-    def _open(self, name: str, added: AddedSource) -> Source:
+    def _open(self, name: str, added: AddedSource) -> Opened:
+        if added.path is None and self.cfg.run_blocks > 1:
+            raise UsageError(
+                f"the schedule adds source {name}, a function, whose documents go on in no next block: with "
+                "data.run_blocks > 1 add the path of prepared data"
+            )
         _check_content(name, added)
-        return open_source(name, added.path, self.tokenizer)
+        if added.path is None:
+            return self._made(_function(name, added))
+        return self._packed(open_source(name, added.path, self.tokenizer))
 
-    def _take(self, source: Source) -> None:
-        self.blocks[source.name] = packed(source.train, self.cfg)
-        self.bytes_per_token[source.name] = bytes_per_token(source, self.tokenizer)
+    def _packed(self, source: Source) -> Opened:
+        return Opened(source.name, packed(source.train, self.cfg), bytes_per_token(source, self.tokenizer), source)
+
+    def _made(self, function: DocumentFunction) -> Opened:
+        blocks = SyntheticBlocks(function, self.cfg.block_length, self.seed)
+        function.check_vocabulary(self.tokenizer.vocab_size)
+        return Opened(function.source, blocks, 1.0, None)
+
+    def _take(self, opened: Opened) -> None:
+        self.blocks[opened.name], self.bytes_per_token[opened.name] = opened.blocks, opened.bytes_per_token
+        if opened.stored is not None:
+            self.stored[opened.name] = opened.stored
 
 
 def packed(store: Store, cfg: DataConfig) -> Blocks:
@@ -95,19 +143,32 @@ def packed(store: Store, cfg: DataConfig) -> Blocks:
             return ConcatBlocks(store, cfg.block_length)
 
 
-def open_added(cfg: DataConfig, name: str, added: AddedSource) -> Blocks:
-    """The blocks of a source that the main process has checked, in a process of its own.
+def added_source(name: str, where: str, arguments: Mapping[str, Any]) -> AddedSource:
+    """The source ``name`` at the path, or of the function, ``where``, with its digest. UsageError, DataError."""
+    if not is_function(where):
+        return AddedSource(where, content_digest(where))
+    digest = DocumentFunction(name, where, arguments).digest()
+    return AddedSource(None, digest, where, dict(arguments))
 
-    Raises DataError if the content is another by now.
-    """
-    _check_content(name, added)
-    return packed(open_train(name, added.path, cfg), cfg)
+
+def is_function(where: str) -> bool:
+    """Whether ``where`` is package.module:function; a path of that form is meant by one that begins with ./ or /."""
+    module, colon, function = where.partition(":")
+    return bool(colon) and function.isidentifier() and all(part.isidentifier() for part in module.split("."))
+
+
+def _function(name: str, added: AddedSource) -> DocumentFunction:
+    return DocumentFunction(name, added.synthetic or "", added.arguments)
 
 
 def _check_content(name: str, added: AddedSource) -> None:
-    found = content_digest(added.path)
-    if found != added.digest:
+    found = _function(name, added).digest() if added.path is None else content_digest(added.path)
+    if found == added.digest:
+        return
+    digests = f"of source {name} in the schedule (digest {found[:12]}, expected {added.digest[:12]})"
+    if added.path is None:
         raise DataError(
-            f"{added.path}: the content differs from that of source {name} in the schedule (digest {found[:12]}, "
-            f"expected {added.digest[:12]}); put the old data back"
+            f"{added.origin}: makes other documents than those {digests}; put the old function, and the libraries it "
+            "draws from, back (one that is not a pure function of its seed and index cannot be a source)"
         )
+    raise DataError(f"{added.path}: the content differs from that {digests}; put the old data back")

@@ -45,6 +45,9 @@ class DataConfig:
     """Unit of sampling in tokens, the longest seq_len of the run; a multiple of seq_len. Default: seq_len."""
     packing: Literal["concat", "best_fit", "unpacked"] = "concat"
     """Documents in blocks: end to end; whole ones by launch/prepare.py pack; one per block, the rest padding."""
+    run_blocks: int = 1
+    """Stateful training: rows go on with the state of the block before, in runs of so many blocks of one source. 1:
+    every block begins without state."""
     max_epochs: float = 16.0
     """Refuse a run that reads a source more often than this."""
     seq_lens: list[tuple[int, int]] = field(default_factory=list)
@@ -69,6 +72,7 @@ class DataConfig:
                     f"seq_lens: {length} does not divide a block of {self.block_length} tokens (block_tokens, by "
                     "default seq_len)"
                 )
+        self._check_runs()
         if self.max_epochs <= 0:
             raise ValueError(f"max_epochs: must be positive, got {self.max_epochs}")
         for name in self.sources:
@@ -84,3 +88,25 @@ class DataConfig:
             )
         if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: every weight is 0; give at least one source a positive weight")
+
+    def _check_runs(self) -> None:
+        if self.run_blocks < 1:
+            raise ValueError(f"run_blocks: must be at least 1, got {self.run_blocks}")
+        if self.run_blocks == 1:
+            return
+        if self.packing != "concat":
+            raise ValueError(
+                f"run_blocks: with packing {self.packing} no document goes on in the next block; use packing: concat, "
+                "or run_blocks: 1"
+            )
+        if made := [name for name, source in self.sources.items() if source.synthetic]:
+            raise ValueError(
+                f"run_blocks: no document of the synthetic source {made[0]} goes on in the next block; leave the "
+                "source out, or use run_blocks: 1"
+            )
+        if self.seq_lens or self.block_length != self.seq_len:
+            key = "seq_lens" if self.seq_lens else "block_tokens"
+            raise ValueError(
+                f"run_blocks: {key} makes several rows of a block, which are read side by side and not one after the "
+                f"other; leave out {key}, or use run_blocks: 1"
+            )

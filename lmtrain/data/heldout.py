@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping
 
@@ -9,14 +10,18 @@ import numpy as np
 import torch
 
 from lmtrain.data.batch import Batch, make_batch
+from lmtrain.data.catalog import Catalog
 from lmtrain.data.config import DataConfig
 from lmtrain.data.sources import Source, open_sources
 from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 
 class Heldout:
-    """The held-out documents of every source that has some (a foreign pair has none).
+    """The held-out documents of every source that has some (a foreign pair has none): those of ``cfg``, and those that
+    come during a run (``follow``).
 
     max_tokens: per source, the first tokens, at most this many; None: all.
 
@@ -32,23 +37,41 @@ class Heldout:
         self.num_tokens: dict[str, int] = {}
         self.num_unpredicted: dict[str, int] = {}
         self.bytes_of_text: dict[str, int] = {}
+        self._tokenizer, self._max_tokens = tokenizer, max_tokens
         self._sources: dict[str, tuple[int, Source]] = {}
+        self._seen = set(cfg.sources)
         for source in open_sources(cfg, tokenizer):
-            if source.heldout is None or source.manifest is None or source.heldout.num_tokens == 0:
+            self._take(list(cfg.sources).index(source.name), source)
+        self._first = list(self.source_names)  # what the total is of, so that it means the same all along
+
+    def follow(self, catalog: Catalog) -> None:
+        """Score from now on also what came to ``catalog`` since; of what cannot be scored, one warning."""
+        for number, name in enumerate(catalog.blocks):
+            if name in self._seen:
                 continue
-            starts = source.heldout.document_starts
-            limit = source.heldout.num_tokens if max_tokens is None else max_tokens
-            whole = int(np.searchsorted(starts, limit, side="right")) - 1
-            self.num_tokens[source.name] = int(starts[whole])
-            self.bytes_of_text[source.name] = sum(source.manifest.heldout.bytes[:whole])
-            if whole < source.heldout.num_documents:
-                tokens, size = _head(source.heldout, tokenizer, int(starts[whole]), limit)
-                self.num_tokens[source.name] += tokens
-                self.bytes_of_text[source.name] += size
-            used = starts[:-1] < self.num_tokens[source.name]
-            self.num_unpredicted[source.name] = int((used & (np.diff(starts) > 0)).sum())
-            self.source_names.append(source.name)
-            self._sources[source.name] = (list(cfg.sources).index(source.name), source)
+            self._seen.add(name)
+            source = catalog.stored.get(name)
+            if source is None or not self._take(number, source):
+                log.warning("source %s has no held-out documents: its loss on unseen text is not measured", name)
+
+    def _take(self, number: int, source: Source) -> bool:
+        """Whether ``source`` has something held out. number: its id."""
+        if source.heldout is None or source.manifest is None or source.heldout.num_tokens == 0:
+            return False
+        starts = source.heldout.document_starts
+        limit = source.heldout.num_tokens if self._max_tokens is None else self._max_tokens
+        whole = int(np.searchsorted(starts, limit, side="right")) - 1
+        self.num_tokens[source.name] = int(starts[whole])
+        self.bytes_of_text[source.name] = sum(source.manifest.heldout.bytes[:whole])
+        if whole < source.heldout.num_documents:
+            tokens, size = _head(source.heldout, self._tokenizer, int(starts[whole]), limit)
+            self.num_tokens[source.name] += tokens
+            self.bytes_of_text[source.name] += size
+        used = starts[:-1] < self.num_tokens[source.name]
+        self.num_unpredicted[source.name] = int((used & (np.diff(starts) > 0)).sum())
+        self.source_names.append(source.name)
+        self._sources[source.name] = (number, source)
+        return True
 
     def batches(self, source: str, rows: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
         """This rank's batches of ``rows`` rows of seq_len; every rank has equally many.
@@ -84,6 +107,7 @@ class Heldout:
     def bits_per_byte(self, nats: Mapping[str, float]) -> dict[str, float]:
         """``heldout_bpb.NAME`` of each source and ``heldout_bpb`` of all bytes together; nats: summed loss by source.
 
+        Sources that came during the run are not in the total, which would jump with each: unless no other has text.
         A real code length: the first token of a document, which nothing predicts, is charged ``log2(vocab_size)`` bits.
         """
         bits = {
@@ -91,7 +115,9 @@ class Heldout:
             for name in self.source_names
         }
         values = {f"heldout_bpb.{name}": bits[name] / self.bytes_of_text[name] for name in self.source_names}
-        return {"heldout_bpb": sum(bits.values()) / sum(self.bytes_of_text.values()), **values}
+        total = self._first or self.source_names
+        whole = sum(bits[name] for name in total) / sum(self.bytes_of_text[name] for name in total)
+        return {"heldout_bpb": whole, **values}
 
 
 def _head(store: Store, tokenizer: Tokenizer, start: int, stop: int) -> tuple[int, int]:

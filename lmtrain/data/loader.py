@@ -13,9 +13,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lmtrain.data.catalog import Catalog
 from lmtrain.data.config import DataConfig
+from lmtrain.data.order.runs import block_order, run_and_place
 from lmtrain.data.order.sampler import Sampler
 from lmtrain.data.order.schedule import Event, ScheduleLog
-from lmtrain.data.order.steps import Ramp, Steps
+from lmtrain.data.order.steps import Ramp, Steps, nearest_multiple
 from lmtrain.data.policies.epochs import check_epochs
 from lmtrain.data.processes import die_with_parent
 from lmtrain.data.reader import Reader, Rows, StepData, StepPlan
@@ -37,7 +38,8 @@ class Loader:
     UsageError or DataError in one line before anything is read.
 
     schedule: the steps. sampler: the order of blocks. catalog: the sources. vocab_size, fingerprint: the tokenizer's.
-    lead: an event that all ranks hear of while they hold step t may take effect from step ``t + lead`` on.
+    lead: an event that all ranks hear of while they hold step t may take effect from step ``t + lead`` on; in training
+    on runs of blocks, at the beginning of a group of steps (``earliest``).
     """
 
     def __init__(
@@ -63,13 +65,14 @@ class Loader:
             seq_len=cfg.seq_len,
             batch_ramp=batch_ramp,
             seq_lens=cfg.seq_lens,
+            run_blocks=cfg.run_blocks,
         )
         tokenizer = Tokenizer.load(cfg.tokenizer)
         self.vocab_size, self.fingerprint = tokenizer.vocab_size, tokenizer.fingerprint
         self.catalog = Catalog(cfg, tokenizer, seed)
         blocks = dict(self.catalog.blocks)  # workers get these; what comes later they open themselves
         self.catalog.add(log.events)
-        self.sampler = Sampler(seed, log, self.catalog.sizes())
+        self.sampler = block_order(seed, log, self.catalog.sizes(), self.schedule)
         self.log_length = len(log.events)
         self._planned = 0  # blocks that some worker may have read
         self._reader = Reader(blocks, cfg, self._blocks_per_microbatch, self.vocab_size)
@@ -81,27 +84,39 @@ class Loader:
 
     @property
     def tokens_available(self) -> dict[str, int]:
-        """Tokens of whole blocks by name."""
-        return {name: count * self.block_tokens for name, count in self.sampler.windows.items()}
+        """Tokens of whole blocks, or runs, by name."""
+        return self._available(self.sampler)
+
+    def _available(self, sampler: Sampler) -> dict[str, int]:
+        window = self.block_tokens * self.cfg.run_blocks
+        return {name: count * window for name, count in sampler.windows.items()}
+
+    def earliest(self, step: int) -> int:
+        """The first block that an event may change of which all ranks hear while they hold ``step``."""
+        return self.sampler.next_change(self.schedule.first_block(step + self.lead))
 
     def tokens_read(self, step: int, sampler: Sampler | None = None) -> dict[str, int]:
         """Tokens of each source consumed before ``step``, those skipped among them."""
         counts = (sampler or self.sampler).counts(self.schedule.first_block(step))
         return {name: count * self.block_tokens for name, count in counts.items()}
 
-    def admit(self, event: Event, stop: int | None) -> None:
+    def admit(self, event: Event, stop: int | None, ahead: Sequence[Event] = ()) -> list[str]:
         """Raise UsageError or DataError if the log cannot take ``event`` now; nothing changes.
 
-        stop: the steps of the run, which with the mixture that would follow must not read a source more often than
-        ``data.max_epochs``; None: it will change.
+        stop: the steps of the run; None: what it will read is not known. ahead: events that will follow. Of the sources
+        that the run would read more of than without ``event``, none may be read more often than ``data.max_epochs``;
+        returns a warning for each that is read often.
         """
         self._refuse_past(event)
         _, new = self.catalog.check([event])
-        trial = self.sampler.copy()
-        trial.extend([event], new)
-        if stop is not None:
-            available = {name: count * self.block_tokens for name, count in trial.windows.items()}
-            check_epochs(self.tokens_read(stop, trial), available, self.cfg.max_epochs)
+        before, trial = self.sampler.copy(), self.sampler.copy()
+        trial.extend([event, *ahead], new)
+        if stop is None:
+            return []
+        before.extend(ahead, {})
+        without = self.tokens_read(stop, before)
+        plan = {name: count for name, count in self.tokens_read(stop, trial).items() if count > without.get(name, 0)}
+        return check_epochs(plan, self._available(trial), self.cfg.max_epochs)
 
     def extend(self, events: Sequence[Event]) -> None:
         """Take further events of the log, and the sources they add. Every rank does so while it holds the same step.
@@ -150,6 +165,7 @@ class Loader:
             slots = np.arange(num_blocks).reshape(-1, self.dp_size, m)[:, self.dp_rank].reshape(-1)
             ks = self.schedule.first_block(step) + slots
             source, window, _ = self.sampler.get(ks)
+            run, place = run_and_place(self.schedule, ks)
             yield StepPlan(
                 step=step,
                 seq_len=self.schedule.seq_len(step),
@@ -158,6 +174,8 @@ class Loader:
                 ks=ks,
                 source=source,
                 window=window,
+                run=run,
+                place=place,
                 names=tuple(self.sampler.names),
                 added=dict(self.catalog.added),
                 log_length=self.log_length,
@@ -195,11 +213,6 @@ def _blocks_per_microbatch(cfg: DataConfig, batch_tokens: int, ramp: Ramp, micro
                 f"{cfg.seq_len} tokens x {dp_size} data-parallel ranks; nearest: {nearest_multiple(size, unit)}"
             )
     return blocks
-
-
-def nearest_multiple(value: int, unit: int) -> int:
-    """The positive multiple of ``unit`` nearest to ``value``."""
-    return max(round(value / unit), 1) * unit
 
 
 def _unchanged(rows: Any) -> Any:

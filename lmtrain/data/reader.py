@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lmtrain.data.batch import Batch, make_batch
-from lmtrain.data.blocks.blocks import Block, Blocks
-from lmtrain.data.catalog import open_added
+from lmtrain.data.blocks.blocks import Block, Blocks, ConcatBlocks
+from lmtrain.data.catalog import Arrival
 from lmtrain.data.config import DataConfig
-from lmtrain.data.order.schedule import AddedSource
+from lmtrain.ops.cross_entropy import IGNORE
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class StepPlan(NamedTuple):
     """Which blocks a rank reads for a step: all that a reader needs to know of the schedule.
 
     num_blocks: of the step, on all ranks. slots: int64 ``[n]``, which of them are this rank's; ks, source, window:
-    their sample indices, source ids and block numbers. names: of the sources, by id. added: those of them that came
-    during the run.
+    their sample indices, source ids and block numbers. run, place: the run of consecutive blocks that each belongs to,
+    and where in it. names: of the sources, by id. added: those of them that came during the run.
     """
 
     step: int
@@ -53,8 +53,10 @@ class StepPlan(NamedTuple):
     ks: NDArray[np.int64]
     source: NDArray[np.int32]
     window: NDArray[np.int64]
+    run: NDArray[np.int64]
+    place: NDArray[np.int64]
     names: tuple[str, ...]
-    added: Mapping[str, AddedSource]
+    added: Mapping[str, Arrival]
     log_length: int
 
 
@@ -62,15 +64,19 @@ class Rows(NamedTuple):
     """A step as a worker sends it: numpy through a pipe, so that no worker needs /dev/shm or file descriptors.
 
     tokens, ids: int32 ``[micro-batches, rows, seq_len + 1]``; targets: bool, likewise, or None where all may be labels.
-    source int32, block int64: ``[micro-batches, rows]``.
+    labels: int32 ``[micro-batches, rows, seq_len]``, or None where no block has labels of its own.
+    source int32, block int64, run int64, before int32: ``[micro-batches, rows]``.
     """
 
     step: int
     tokens: NDArray[np.int32]
     ids: NDArray[np.int32]
     targets: NDArray[np.bool_] | None
+    labels: NDArray[np.int32] | None
     source: NDArray[np.int32]
     block: NDArray[np.int64]
+    run: NDArray[np.int64]
+    before: NDArray[np.int32]
     hashes: NDArray[np.int64]
     log_length: int
 
@@ -82,8 +88,11 @@ class Rows(NamedTuple):
                 torch.from_numpy(self.ids[i]),
                 source=torch.from_numpy(self.source[i])[:, None].expand(-1, width),
                 block=torch.from_numpy(self.block[i]),
+                run=torch.from_numpy(self.run[i]),
+                before=torch.from_numpy(self.before[i]),
                 log_length=self.log_length,
                 targets=None if self.targets is None else torch.from_numpy(self.targets[i]),
+                labels=None if self.labels is None else torch.from_numpy(self.labels[i]),
             )
             for i in range(len(self.tokens))
         ]
@@ -108,18 +117,25 @@ class Reader:
         tokens = np.empty((num_blocks, per_block, width), dtype=np.int32)
         ids = np.empty_like(tokens)
         targets: NDArray[np.bool_] | None = None
+        own: dict[int, NDArray[np.int32]] = {}
+        before = np.zeros(num_blocks, dtype=np.int32)
         hashes = np.zeros((plan.num_blocks, 2), dtype=np.int64)
         for i, slot in enumerate(plan.slots):
             block, digest = self._read(plan, int(plan.source[i]), int(plan.window[i]))
-            may = allowed(block)
-            if may is not None and targets is None:
+            if plan.place[i]:
+                blocks = self.blocks[plan.names[plan.source[i]]]
+                assert isinstance(blocks, ConcatBlocks), "settings with runs of other blocks are refused"
+                before[i] = blocks.before(int(plan.window[i]), int(plan.place[i]))
+            if block.real is not None and targets is None:
                 targets = np.ones(tokens.shape, dtype=bool)
+            if block.labels is not None:
+                own[i] = block.labels[:-1].reshape(per_block, plan.seq_len)
             for row in range(per_block):
                 columns = slice(row * plan.seq_len, row * plan.seq_len + width)
                 tokens[i, row] = block.tokens[columns]
                 np.subtract(block.ids[columns], block.ids[columns.start], out=ids[i, row])
-                if may is not None and targets is not None:
-                    targets[i, row] = may[columns]
+                if block.real is not None and targets is not None:
+                    targets[i, row] = block.real[columns]
             hashes[slot] = np.frombuffer(digest, dtype="<i8")
         m = self.blocks_per_microbatch
         shape = (num_blocks // m, m * per_block)
@@ -128,8 +144,11 @@ class Reader:
             tokens.reshape(*shape, width),
             ids.reshape(*shape, width),
             None if targets is None else targets.reshape(*shape, width),
+            _asked(tokens, own).reshape(*shape, plan.seq_len) if own else None,
             np.repeat(plan.source, per_block).reshape(shape),
             np.repeat(plan.ks, per_block).reshape(shape),
+            np.repeat(plan.run, per_block).reshape(shape),
+            np.repeat(before, per_block).reshape(shape),
             hashes,
             plan.log_length,
         )
@@ -137,17 +156,23 @@ class Reader:
     def _read(self, plan: StepPlan, source: int, window: int) -> tuple[Block, bytes]:
         name = plan.names[source]
         if name not in self.blocks:
-            self.blocks[name] = open_added(self.cfg, name, plan.added[name])
+            self.blocks[name] = plan.added[name].blocks(self.cfg)
         blocks = self.blocks[name]
         block = blocks.block(window)
-        if int(block.tokens.view(np.uint32).max()) >= self.vocab_size:  # in one pass: as uint32 a negative id is large
-            wrong = int(((block.tokens < 0) | (block.tokens >= self.vocab_size)).argmax())
-            raise blocks.out_of_range(window, wrong, self.vocab_size)
-        return block, xxhash.xxh3_128_digest(np.ascontiguousarray(block.tokens, dtype="<i4").data)
+        digest = xxhash.xxh3_128()
+        for values in (block.tokens,) if block.labels is None else (block.tokens, block.labels):
+            asked = values if values is block.tokens else np.where(values == IGNORE, 0, values)
+            if int(asked.view(np.uint32).max()) >= self.vocab_size:  # in one pass: as uint32 a negative id is large
+                wrong = int(((asked < 0) | (asked >= self.vocab_size)).argmax())
+                raise blocks.out_of_range(window, wrong, self.vocab_size)
+            digest.update(np.ascontiguousarray(values, dtype="<i4").data)
+        return block, digest.digest()
 
 
-def allowed(block: Block) -> NDArray[np.bool_] | None:
-    """bool ``[L + 1]``: which tokens may be labels; None: all."""
-    if block.real is None or block.target is None:
-        return block.real if block.target is None else block.target
-    return block.real & block.target
+def _asked(tokens: NDArray[np.int32], own: Mapping[int, NDArray[np.int32]]) -> NDArray[np.int32]:
+    """Labels int32 ``[blocks, rows, seq_len]`` of ``tokens`` ``[blocks, rows, seq_len + 1]``: the next token, but for
+    the blocks with labels of their ``own``."""
+    labels = tokens[..., 1:].copy()
+    for i, given in own.items():
+        labels[i] = given
+    return labels

@@ -57,9 +57,11 @@ def open_train(name: str, path: str, cfg: DataConfig) -> Store:
 
 
 def content_digest(path: str) -> str:
-    """xxh3-128, hex, of what names the content of a source: its manifest, or the index of a foreign store.
+    """xxh3-128, hex, of what names the content of a source. Raises DataError if there is nothing at ``path``.
 
-    Raises DataError if there is neither.
+    Of a prepared source that is its manifest, which holds the checksums of all its files, piece by piece of 64 MiB:
+    other tokens or documents make another manifest, and pieces that differ from it are refused as they are read. A
+    foreign store has no checksums: its index is hashed, and other tokens in documents of the same lengths go unseen.
     """
     folder = Path(path)
     _refuse_folder_around(path)

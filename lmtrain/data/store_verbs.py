@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lmtrain.data.blocks.best_fit import num_pieces
 from lmtrain.data.blocks.pack_plan import PackPlan, plan_folder, plans, write_plan
+from lmtrain.data.counted import counted
 from lmtrain.data.store.index import Index
 from lmtrain.data.store.locate import Located, locate, prepared_folders
 from lmtrain.data.store.manifest import NAME, SPLITS, Manifest
@@ -114,9 +115,10 @@ def pack(argv: Sequence[str]) -> None:
         width = length + 1
         unpacked = 1 - (header.num_blocks * width - header.num_padding) / max(alone * width, 1)
         print(
-            f"{plan_folder(store, length)}: {header.num_blocks:,} blocks of {header.num_pieces:,} pieces of "
-            f"{header.documents:,} documents, {header.num_padding / max(header.num_blocks * width, 1):.2%} padding "
-            f"(unpacked: {alone:,} blocks, {unpacked:.2%})"
+            f"{plan_folder(store, length)}: {counted(header.num_blocks, 'block')} of "
+            f"{counted(header.num_pieces, 'piece')} of {counted(header.documents, 'document')}, "
+            f"{header.num_padding / max(header.num_blocks * width, 1):.2%} padding "
+            f"(unpacked: {counted(alone, 'block')}, {unpacked:.2%})"
         )
 
 
@@ -131,9 +133,13 @@ def summary(name: str, manifest: Manifest) -> str:
     reasons = {step["step"]: step["removed"] for step in manifest.pipeline if step.get("removed")}
     why = f" ({', '.join(f'{count:,} {reason}' for reason, count in reasons.items())})" if reasons else ""
     per_token = manifest.bytes_of_text["train"] / max(train.tokens, 1)
+    ids = next((step for step in manifest.pipeline if step["step"] == "heldout"), None)
+    of_ids = f" ({ids['ids']:,} of {counted(ids['of'], 'id')})" if ids else ""
+    tokens, heldout_tokens = counted(train.tokens, "token"), counted(heldout.tokens, "token")
     return (
-        f"  {name}: {train.documents:,} documents, {train.tokens:,} tokens, {per_token:.2f} bytes per token; held out "
-        f"{heldout.documents:,} documents, {heldout.tokens:,} tokens; left out {sum(reasons.values()):,} documents{why}"
+        f"  {name}: {counted(train.documents, 'document')}, {tokens}, {per_token:.2f} bytes per token; held out "
+        f"{counted(heldout.documents, 'document')}{of_ids}, {heldout_tokens}; left out "
+        f"{counted(sum(reasons.values()), 'document')}{why}"
     )
 
 
@@ -177,7 +183,8 @@ def _named(located: Located) -> list[tuple[str, Store]]:
 
 def _counts(store: Store) -> str:
     size = store.num_tokens * store.dtype.itemsize
-    return f"{store.num_documents:,} documents, {store.num_tokens:,} tokens, {store.dtype.name}, {size / 1e6:,.1f} MB"
+    contents = f"{counted(store.num_documents, 'document')}, {counted(store.num_tokens, 'token')}"
+    return f"{contents}, {store.dtype.name}, {size / 1e6:,.1f} MB"
 
 
 def _numbers(text: str) -> list[int]:

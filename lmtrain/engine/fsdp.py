@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from lmtrain.data.batch import Batch
+from lmtrain.engine.carried import CarriedState
 from lmtrain.engine.optimizer import (
     OptimizerConfig,
     build_optimizer,
@@ -94,7 +95,10 @@ def initialise_sharded(model: LanguageModel, seed: int) -> None:
 
 
 class FSDPEngine:
-    """See ``Engine``. Builds the model on the meta device, shards it, and only then allocates."""
+    """See ``Engine``. Builds the model on the meta device, shards it, and only then allocates.
+
+    stateful: rows that go on with a run of blocks (``Documents.before``) get the state the row before them ended with.
+    """
 
     def __init__(
         self,
@@ -109,9 +113,11 @@ class FSDPEngine:
         seed: int,
         num_sources: int = 1,
         z_loss: float = 0.0,
+        stateful: bool = False,
     ) -> None:
         self.mesh, self.cluster, self.device, self.dtype = mesh, cluster, device, dtype
         self.clip_norm, self.z_loss, self.num_sources = optimizer.clip_norm, z_loss, num_sources
+        self.stateful, self._carried = stateful, CarriedState()
         with torch.device("meta"):
             self.model = LanguageModel(model, vocab_size)
         self.model.to(torch.float64 if dtype == torch.float64 else torch.float32)
@@ -135,7 +141,10 @@ class FSDPEngine:
         if num_targets:
             for index, batch in enumerate(micro_batches):
                 cast(FSDPModule, self.model).set_requires_gradient_sync(index == len(micro_batches) - 1)
-                self._backward(batch.to(self.device), num_targets, sums, notes)
+                state = self._carried.take(index, batch)
+                after = self._backward(batch.to(self.device), state, num_targets, sums, notes)
+                if self.stateful:
+                    self._carried.keep(index, batch, after)
             sums[1] = self._local_squares() / self.mesh.replicas
         dist.all_reduce(sums)
         notes = self._sum_notes(notes)
@@ -143,6 +152,8 @@ class FSDPEngine:
         skipped = self._step(grad_norm, lr)
         if skipped is None:
             self._tell_branches(notes)
+        elif self.stateful:
+            self._carried.forget(micro_batches)
         self.optimizer.zero_grad(set_to_none=True)
         return StepInfo(
             loss_sum=float(sums[0]),
@@ -156,13 +167,14 @@ class FSDPEngine:
             seconds=time.perf_counter() - begun,
         )
 
-    def _backward(self, batch: Batch, num_targets: int, sums: Tensor, notes: dict[Key, Tensor]) -> None:
-        ctx = make_context(batch.docs, self.mesh, self.cluster.sp_attention)
+    def _backward(self, batch: Batch, state: State, num_targets: int, sums: Tensor, notes: dict[Key, Tensor]) -> State:
+        """Adds to gradients, ``sums`` and ``notes``; the state after the rows."""
+        ctx = make_context(batch.docs, self.mesh, self.cluster.sp_attention, carries=self.stateful)
         ctx.tokens = torch.tensor(num_targets, dtype=self.dtype if self.dtype == torch.float64 else torch.float32)
         read = partial(
             linear_cross_entropy_sum, labels=batch.labels, loss_weights=batch.loss_weights, z_loss=self.z_loss
         )
-        (objective, nll, _), _ = self.model(batch.tokens, ctx, {}, read)
+        (objective, nll, _), after = self.model(batch.tokens, ctx, state, read)
         (objective / num_targets).backward()
         told = torch.stack([nll, batch.labels != IGNORE], dim=-1).double().flatten(0, 1)
         member = F.one_hot(batch.source.flatten().long(), self.num_sources).double()
@@ -172,6 +184,7 @@ class FSDPEngine:
         for key, value in ctx.notes.items():
             notes[key] = notes[key] + value if key in notes else value
         sums[3:] += (member.T @ told).flatten()
+        return after
 
     def _sum_notes(self, notes: dict[Key, Tensor]) -> dict[Key, Tensor]:
         """The counts of all ranks, in one collective; every rank noted under the same keys."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -47,6 +48,11 @@ def resolve(cfg: MeshConfig, world_size: int) -> MeshConfig:
         fits = max(n for n in range(1, block + 1) if block % n == 0 and n <= max(cfg.ep, 1))
         raise UsageError(f"mesh.ep: {cfg.ep} does not divide dp_shard x sp = {block}; nearest: {fits}")
     return MeshConfig(**sizes, ep=cfg.ep)
+
+
+def fewest(cfg: MeshConfig) -> int:
+    """Processes that an unresolved ``cfg`` needs at least: what a plan is made for where none were started."""
+    return math.prod(max(getattr(cfg, axis), 1) for axis in AXES)
 
 
 @dataclass(frozen=True)

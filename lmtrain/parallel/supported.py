@@ -23,6 +23,7 @@ class Setup:
     seq_len: int
     cluster: ClusterConfig
     mesh: MeshConfig
+    run_blocks: int = 1
 
     def branches(self) -> Iterator[tuple[str, Any]]:
         """Name and settings of every branch the pattern uses, each once."""
@@ -136,6 +137,31 @@ def _whole_heads(setup: Setup) -> str | None:
     return None
 
 
+def _bounded_state(setup: Setup) -> str | None:
+    if setup.run_blocks == 1:
+        return None
+    for name, settings in setup.branches():
+        if branch_class(settings.kind).sp == "heads" and getattr(settings, "window", None) is None:
+            window = f"model.branches.{name}.window={setup.seq_len}, or " if hasattr(settings, "window") else ""
+            return (
+                f"data.run_blocks={setup.run_blocks}: model.branches.{name} ({settings.kind}) sees its whole document, "
+                f"so its state would grow with the run; use {window}data.run_blocks=1"
+            )
+    return None
+
+
+def _state_by_heads(setup: Setup) -> str | None:
+    if setup.run_blocks == 1 or setup.cluster.sp_attention != "heads" or setup.mesh.sp == 1:
+        return None
+    for name, settings in setup.branches():
+        if branch_class(settings.kind).sp == "heads":
+            return (
+                f"sp_attention=heads: model.branches.{name} cannot carry its state there (data.run_blocks="
+                f"{setup.run_blocks}); use sp_attention=auto (gathers keys and values)"
+            )
+    return None
+
+
 COMBINATIONS: tuple[Combination, ...] = (
     Combination("mesh.dp_shard", "yes", "any size; parameters, gradients and moments are sharded over dp_shard x sp"),
     Combination("mesh.dp_replicate", "yes", "any size, with every other axis that works (HSDP)"),
@@ -159,6 +185,13 @@ COMBINATIONS: tuple[Combination, ...] = (
         _whole_heads,
     ),
     Combination("sp_attention=gather", "yes", "every rank holds the keys and values of the whole row"),
+    Combination(
+        "data.run_blocks > 1",
+        "where every attention branch has a window",
+        "rows go on with the state of the block before; recurrent branches carry it on every mesh",
+        _bounded_state,
+    ),
+    Combination("data.run_blocks > 1 with sp_attention=heads", "no", "use gather or auto", _state_by_heads),
     Combination("activation_checkpointing, fsdp_units", "yes", "with every mesh; the same numbers"),
     Combination("microbatch", "yes", "with every mesh; gradients are summed, so accumulation changes no number"),
     Combination("mesh.pp > 1", "no", "not built yet; use dp_shard", _pipeline),
@@ -171,9 +204,9 @@ COMBINATIONS: tuple[Combination, ...] = (
 )
 
 
-def check(model: ModelConfig, *, seq_len: int, cluster: ClusterConfig, mesh: MeshConfig) -> None:
+def check(model: ModelConfig, *, seq_len: int, cluster: ClusterConfig, mesh: MeshConfig, run_blocks: int = 1) -> None:
     """Raises UsageError with the reason and the nearest thing that works. ``mesh`` is resolved (``mesh.resolve``)."""
-    setup = Setup(model, seq_len, cluster, mesh)
+    setup = Setup(model, seq_len, cluster, mesh, run_blocks)
     for combination in COMBINATIONS:
         if combination.refusal is not None and (why := combination.refusal(setup)):
             raise UsageError(why)

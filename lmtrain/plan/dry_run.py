@@ -39,13 +39,23 @@ def summary(
     Raises UsageError for a mesh, a combination or a batch that cannot work in this world.
     """
     mesh = resolve(cluster.mesh, world_size)
-    check(model, seq_len=data.seq_len, cluster=cluster, mesh=mesh)
+    check(model, seq_len=data.seq_len, cluster=cluster, mesh=mesh, run_blocks=data.run_blocks)
     rows = rows_per_pass(data, train, cluster, mesh)
     vocab_size = embedding_rows(model, tokenizer_size)
     memory = None
     if vocab_size is not None:
         dtype = resolve_dtype(cluster.dtype, _device(cluster))
-        memory = estimate(model, vocab_size, data.seq_len, mesh=mesh, cluster=cluster, microbatch=rows, dtype=dtype)
+        largest = max(train.batch_tokens, *(size for _, size in train.batch_ramp), 0) // data.seq_len
+        memory = estimate(
+            model,
+            vocab_size,
+            data.seq_len,
+            mesh=mesh,
+            cluster=cluster,
+            microbatch=rows,
+            dtype=dtype,
+            carried_rows=largest // (mesh.dp_replicate * mesh.dp_shard) if data.run_blocks > 1 else 0,
+        )
     return {
         "format_version": FORMAT_VERSION,
         "num_params": None if vocab_size is None else model.num_params(vocab_size),

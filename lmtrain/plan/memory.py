@@ -44,6 +44,8 @@ class Memory:
     """Kept for the backward pass of one micro-batch."""
     logits: int
     """Logits, softmax and gradient of the tokens that the loss takes at once."""
+    carried: int
+    """State that the rows of a step hand to those of the next (data.run_blocks)."""
 
     @property
     def peak(self) -> int:
@@ -60,8 +62,12 @@ def estimate(
     cluster: ClusterConfig,
     microbatch: int,
     dtype: torch.dtype,
+    carried_rows: int = 0,
 ) -> Memory:
-    """Memory of one rank of a resolved ``mesh`` that runs ``microbatch`` rows at a time in ``dtype``."""
+    """Memory of one rank of a resolved ``mesh`` that runs ``microbatch`` rows at a time in ``dtype``.
+
+    carried_rows: rows whose state is held from step to step.
+    """
     master = 8 if dtype == torch.float64 else 4
     total = model.num_params(vocab_size)
     shard = -(-total // (mesh.dp_shard * mesh.sp)) * master
@@ -74,6 +80,8 @@ def estimate(
         gathered=2 * _gathered_params(model, total, cluster) * dtype.itemsize,
         activations=columns * _kept_per_token(model, cluster.activation_checkpointing) * wide,
         logits=LOGIT_COPIES * min(CHUNK, columns) * vocab_size * wide,
+        carried=sum(model.branches[name].state_bytes(model.d_model, carried_rows, seq_len) for name in model.order())
+        * (master // 4),  # told for fp32
     )
 
 

@@ -28,7 +28,7 @@ from lmtrain.parallel.mesh import build_mesh
 from lmtrain.pretrain.banner import banner
 from lmtrain.pretrain.log import METRICS, last_step, settle_log
 from lmtrain.pretrain.plan import Plan, digest, plain, trained
-from lmtrain.pretrain.restore import restore
+from lmtrain.pretrain.restore import refuse_other_plans, restore
 from lmtrain.train.console import Console
 from lmtrain.train.environment import describe_run, redact
 from lmtrain.train.hardware import describe, peak_flops
@@ -141,6 +141,7 @@ def _build(
         dtype=plan.dtype,
         seed=recipe.seed,
         z_loss=recipe.train.z_loss,
+        stateful=recipe.data.run_blocks > 1,
     )
     identity: dict[str, Any] = {
         "mesh": plain(cluster.mesh),
@@ -167,6 +168,7 @@ def _build(
             workers=cluster.workers,
         ),
     )
+    everywhere(ranks, lambda: refuse_other_plans(loader, progress.mixture.get("plans", {}), progress.step))
     engine.num_sources = len(loader.source_names)
     learnt = progress.mixture.get("policy", {})
     if learnt.get("kind") == recipe.data.policy.kind:  # a branch may have another

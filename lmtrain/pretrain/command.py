@@ -21,21 +21,20 @@ from lmtrain.config.recipe import Recipe
 from lmtrain.data.loader import Loader
 from lmtrain.data.order.schedule import ScheduleLog
 from lmtrain.data.policies.epochs import check_epochs
-from lmtrain.data.policies.make import make
-from lmtrain.data.policies.policy import MixPolicy, Run
+from lmtrain.data.policies.policy import MixPolicy
 from lmtrain.data.sources import check_sources
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import EXIT_DONE, EXIT_INTERNAL, EXIT_INTERRUPTED, DataError, LmtrainError
 from lmtrain.ops.library import chosen, set_kernels
 from lmtrain.parallel.config import ClusterConfig
-from lmtrain.parallel.mesh import resolve
+from lmtrain.parallel.mesh import fewest, resolve
 from lmtrain.parallel.supported import check as check_supported
+from lmtrain.pipe import ends_with_its_reader
 from lmtrain.plan.dry_run import embedding_rows, rows_per_pass, summary
 from lmtrain.plan.text import text as dry_run_text
 from lmtrain.pretrain.attempt import attempt
-from lmtrain.pretrain.plan import Plan
+from lmtrain.pretrain.plan import Plan, policy_of
 from lmtrain.train.hardware import resolve_device, resolve_dtype
-from lmtrain.train.learning_rate import phases
 from lmtrain.train.signals import StopRequest, die_with_parent
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
@@ -51,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         text = answer(argv)
         if text is not None:
-            print(text)
+            with ends_with_its_reader():
+                print(text)
             return EXIT_DONE
         die_with_parent()
         return run(load(argv), argv)
@@ -72,10 +72,14 @@ def run(settings: Settings, argv: list[str]) -> int:
     """Check, start the processes, train. Raises LmtrainError; every check that can be made before work is."""
     recipe = settings.recipe
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    if settings.launch.dry_run and "WORLD_SIZE" not in os.environ:
+        world = fewest(settings.cluster.mesh)
     cluster = dataclasses.replace(settings.cluster, mesh=resolve(settings.cluster.mesh, world))
     set_kernels(cluster.kernels)
     for length in {recipe.data.seq_len, *(length for _, length in recipe.data.seq_lens)}:
-        check_supported(recipe.model, seq_len=length, cluster=cluster, mesh=cluster.mesh)
+        check_supported(
+            recipe.model, seq_len=length, cluster=cluster, mesh=cluster.mesh, run_blocks=recipe.data.run_blocks
+        )
     if settings.launch.dry_run:
         return _dry_run(settings, cluster, world)
     device = resolve_device(cluster.device)
@@ -128,10 +132,8 @@ def _check_data(recipe: Recipe, cluster: ClusterConfig, microbatch: int) -> Load
 def _mixture(recipe: Recipe, loader: Loader) -> tuple[MixPolicy, Mapping[str, float], list[str]]:
     """The policy, the first mixture, and warnings of sources read often. UsageError for what cannot work."""
     data = recipe.data
-    total = loader.schedule.tokens(recipe.train.num_steps(data))
+    policy = policy_of(recipe, loader)
     weights = {name: source.weight for name, source in data.sources.items()}
-    run = Run(loader.tokens_available, total, phases(recipe.train.schedule, total), data.max_epochs)
-    policy = make(data.policy, weights, run)
     warnings = check_epochs(policy.plan() or {}, loader.tokens_available, data.max_epochs)
     return policy, weights if data.policy.first == "weights" else policy.first, warnings
 
@@ -152,5 +154,6 @@ def _dry_run(settings: Settings, cluster: ClusterConfig, world: int) -> int:
     size = Tokenizer.load(tokenizer).vocab_size if tokenizer.exists() else None
     facts = summary(recipe.model, recipe.data, recipe.train, cluster, world_size=world, tokenizer_size=size)
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps(facts) if settings.launch.json else dry_run_text(facts))
+        with ends_with_its_reader():
+            print(json.dumps(facts) if settings.launch.json else dry_run_text(facts))
     return EXIT_DONE

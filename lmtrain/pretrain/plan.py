@@ -13,9 +13,13 @@ import torch
 import yaml
 
 from lmtrain.config.files import Tree
+from lmtrain.config.recipe import Recipe
 from lmtrain.config.validate import build
-from lmtrain.data.policies.policy import MixPolicy
+from lmtrain.data.loader import Loader
+from lmtrain.data.policies.make import make
+from lmtrain.data.policies.policy import MixPolicy, Run
 from lmtrain.parallel.config import ClusterConfig
+from lmtrain.train.learning_rate import phases
 
 TRAINED = ("model", "data", "train", "seed")
 """Sections of a recipe that decide what is trained; a resumed run may change the others."""
@@ -40,6 +44,14 @@ class Plan:
     policy: MixPolicy
     weights: Mapping[str, float]
     warnings: list[str]
+
+
+def policy_of(recipe: Recipe, loader: Loader) -> MixPolicy:
+    """The policy of a run of ``recipe`` on the data of ``loader``. UsageError or DataError for what cannot work."""
+    data, total = recipe.data, loader.schedule.tokens(recipe.train.num_steps(recipe.data))
+    weights = {name: source.weight for name, source in data.sources.items()}
+    run = Run(loader.tokens_available, total, phases(recipe.train.schedule, total), data.max_epochs)
+    return make(data.policy, weights, run)
 
 
 def plain(value: Any) -> dict[str, Any]:

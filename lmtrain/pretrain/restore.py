@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from lmtrain.checkpoint.checkpointer import Checkpointer, branch_from, init_from
 from lmtrain.checkpoint.manifest import step_of
 from lmtrain.checkpoint.storage import LocalStorage, check_space
 from lmtrain.config.load import Settings
+from lmtrain.data.blocks.packing import plan_digests
+from lmtrain.data.loader import Loader
 from lmtrain.engine.fsdp import FSDPEngine
-from lmtrain.errors import UsageError
+from lmtrain.errors import DataError, UsageError
 from lmtrain.pretrain.plan import Plan
 from lmtrain.train.loop import Progress
 
@@ -31,6 +34,7 @@ def restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine: 
         origin = f"resumed from {found}"
     elif launch.branch_from:
         found, documents = branch_from(checkpointer, launch.branch_from, tensors)
+        documents["schedule"].pop("plans", None)  # a branch may have other data
         origin = f"branched from {found}, with all its state"
     elif launch.init_from:
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}
@@ -41,9 +45,26 @@ def restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine: 
     engine.load_state_dict(loop)
     progress.step, progress.tokens, progress.guard = loop["step"], loop["tokens"], loop["guard"]
     progress.mixture = documents["schedule"]
+    if progress.step % (group := settings.recipe.data.run_blocks):
+        raise UsageError(
+            f"{found}: step {progress.step} is amid a group of {group} steps (data.run_blocks), whose state no "
+            f"checkpoint holds; begin from a checkpoint of step {progress.step // group * group}, or of another "
+            f"multiple of {group}"
+        )
     then = checkpointer.manifest(found).get("kernels")
     changed = "" if then == plan.kernels else f"; kernels were {then}, now {plan.kernels}: bits may differ"
     return f"{origin} (step {progress.step}){changed}"
+
+
+def refuse_other_plans(loader: Loader, then: Mapping[str, str], step: int) -> None:
+    """Raise DataError if a source is packed by another plan than at the checkpoint of ``step`` (digests by name)."""
+    for name, digest in plan_digests(loader.catalog.blocks).items():
+        if then.get(name, digest) != digest:
+            raise DataError(
+                f"data.sources.{name}: its pack plan for blocks of {loader.block_tokens} tokens is not that of the "
+                f"checkpoint of step {step} (digest {digest[:12]}, expected {then[name][:12]}): the run would read "
+                "other blocks. Put the data and the plan of then back, or start a new run"
+            )
 
 
 def _refuse_to_shadow(run_dir: Path, found: Path | None, resume: str) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import yaml
@@ -16,17 +17,20 @@ from lmtrain.checkpoint.lock import RunLock, holder
 from lmtrain.config.load import load
 from lmtrain.config.recipe import Recipe
 from lmtrain.data.loader import Loader
-from lmtrain.data.order.mix_request import MixRequest
+from lmtrain.data.order.mix_request import MixRequest, located
+from lmtrain.data.order.runs import block_order
 from lmtrain.data.order.sampler import Sampler
 from lmtrain.data.order.schedule import Event, ScheduleLog
 from lmtrain.errors import EXIT_DONE, LmtrainError, StorageError, UsageError, nearest
 from lmtrain.pretrain.log import METRICS, SCHEDULE, last_step
-from lmtrain.train.mixture import describe
+from lmtrain.pretrain.plan import policy_of
+from lmtrain.train.mixture import admit_to_end, describe
 from lmtrain.train.request_file import REQUEST
 
 BAR, ROWS = 60, 24
 HOLDER = "schedule"
 """Who has the lock of a run that does not train while its log is changed."""
+ARGUMENT = "arguments."
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -55,8 +59,10 @@ class Run:
 
     def sampler(self) -> Sampler:
         """Of the log alone: shares and counts, without the data."""
-        names = [*self.recipe.data.sources, *(name for event in self.log.events for name in event.sources)]
-        return Sampler(0, self.log, dict.fromkeys(names, 1))
+        data = self.recipe.data
+        names = [*data.sources, *(name for event in self.log.events for name in event.sources)]
+        sizes = dict.fromkeys(names, data.run_blocks)  # shares and counts do not depend on them
+        return block_order(0, self.log, sizes, self.recipe.train.schedule_of(data))
 
     def loader(self) -> Loader:
         """Of the run's data, which it opens and checks."""
@@ -111,15 +117,18 @@ def _plot(run: Run, given: dict[str, str]) -> str:
     _only(given)
     sampler, total = run.sampler(), run.total_tokens
     letters = {name: LETTERS[i % len(LETTERS)] for i, name in enumerate(sampler.names)}
-    lines = ["  ".join(f"{letter}: {name}" for name, letter in letters.items())]
-    for row in range(ROWS):
-        token = total * row // ROWS
-        shares = sampler.shares(token // run.block_tokens)
+    bars: dict[int, str] = {}
+    for token in (total * row // ROWS for row in range(ROWS)):
         ends, filled = 0.0, ""
-        for name, share in shares.items():
+        for name, share in sampler.shares(token // run.block_tokens).items():
             ends += share
             filled += letters[name] * (round(ends * BAR) - len(filled))
-        lines.append(f"{token:16,}  {filled}")
+        bars[token] = filled
+    lines = ["  ".join(f"{letter}: {name}" for name, letter in letters.items())]
+    for bar, rows in groupby(bars.items(), key=lambda row: row[1]):
+        first, *same = (token for token, _ in rows)
+        lines.append(f"{first:16,}  {bar}")
+        lines += [f"{'':16}  the same up to {same[-1]:,}"] if same else []
     return "\n".join(lines)
 
 
@@ -138,13 +147,17 @@ def _skip(run: Run, given: dict[str, str]) -> str:
 
 
 def _add(run: Run, given: dict[str, str]) -> str:
-    paths = _sources(given, "add", "share", "at", "reason")
-    if len(paths) != 1:
-        raise UsageError(f"add: expected one SOURCE=PATH, got {len(paths)}")
+    arguments = {key.removeprefix(ARGUMENT): value for key, value in given.items() if key.startswith(ARGUMENT)}
+    places = _sources(given, "add", "share", "at", "reason", *(f"{ARGUMENT}{name}" for name in arguments))
+    if len(places) != 1:
+        raise UsageError(f"add: expected one SOURCE=PATH or SOURCE=package.module:function, got {len(places)}")
     # the run may have another working folder
-    paths = {name: str(Path(path).absolute()) for name, path in paths.items()}
-    share = {"weights": dict.fromkeys(paths, given["share"])} if "share" in given else {}
-    return _request(run, {"add": paths, **share}, given)
+    wanted: dict[str, object] = {"add": {name: located(where) for name, where in places.items()}}
+    if arguments:
+        wanted["arguments"] = {f"{name}.{argument}": arguments[argument] for name in places for argument in arguments}
+    if "share" in given:
+        wanted["weights"] = dict.fromkeys(places, given["share"])
+    return _request(run, wanted, given)
 
 
 VERBS: dict[str, Callable[[Run, dict[str, str]], str]] = {
@@ -191,7 +204,7 @@ def _request(run: Run, wanted: dict[str, object], given: dict[str, str]) -> str:
 
 def _ask(run: Run, request: MixRequest, text: str) -> str:
     """Drop the request into the folder of a live run, which answers after its next step."""
-    _admitted(run, request)  # the run checks it too, but here the person is told at once
+    _, warnings = _admitted(run, request)  # the run checks it too, but here the person is told at once
     target = run.path / "control" / REQUEST
     partial = target.with_name(f".{REQUEST}.{os.getpid()}")
     try:
@@ -208,22 +221,25 @@ def _ask(run: Run, request: MixRequest, text: str) -> str:
     finally:
         with contextlib.suppress(OSError):  # not made, or no longer reachable
             partial.unlink()
-    return f"{target}: written; the run answers after its next step, and renames the file"
+    return "\n".join([*warnings, f"{target}: written; the run answers after its next step, and renames the file"])
 
 
 def _append(run: Run, request: MixRequest) -> str:
-    event = _admitted(run, request)
+    event, warnings = _admitted(run, request)
     run.log.append(event)
-    return f"{run.path / SCHEDULE}: {describe(event, run.block_tokens)}"
+    return "\n".join([*warnings, f"{run.path / SCHEDULE}: {describe(event, run.block_tokens)}"])
 
 
-def _admitted(run: Run, request: MixRequest) -> Event:
-    """The event of the request, from the first step on that no attempt recorded; UsageError if the run cannot do it."""
+def _admitted(run: Run, request: MixRequest) -> tuple[Event, list[str]]:
+    """The event of the request, from the first step on that no attempt recorded, and warnings.
+
+    UsageError if the run cannot do it.
+    """
     loader = run.loader()
     step, stop = last_step(run.path / METRICS), run.recipe.train.num_steps(run.recipe.data)
     if step >= stop:
         raise UsageError(f"{run.path}: the run is finished, {step:,} of {stop:,} steps; branch_from={run.path} goes on")
-    earliest = loader.schedule.first_block(step)
+    earliest = loader.sampler.next_change(loader.schedule.first_block(step))
     if request.weights:  # what the policy proposed ahead of its steps would undo a mixture in front of it
         earliest = max(earliest, *(past.first_block for past in run.log.events if past.origin == "policy"), 0)
     event = request.event(
@@ -234,5 +250,5 @@ def _admitted(run: Run, request: MixRequest) -> Event:
         now=loader.schedule.tokens(step),
         step=step,
     )
-    loader.admit(event, stop if run.recipe.data.policy.kind == "static" else None)
-    return event
+    warnings = admit_to_end(loader, event, policy_of(run.recipe, loader), step, stop)
+    return event, [f"WARNING: {warning}" for warning in warnings]

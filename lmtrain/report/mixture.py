@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.order.runs import block_order
 from lmtrain.data.order.sampler import Sampler
 from lmtrain.data.order.schedule import Event
 from lmtrain.data.policies.epochs import effective_tokens
@@ -61,12 +62,14 @@ def mixture(record: Record) -> Mixture | None:
         return None
     if len(log.events) == 1 and len(log.events[0].weights) == 1:
         return None
+    schedule = recipe.train.schedule_of(recipe.data)
+    sizes = dict.fromkeys(record.source_names, recipe.data.run_blocks)  # counts do not depend on them
     try:
-        sampler = Sampler(0, log, dict.fromkeys(record.source_names, 1))  # counts do not depend on sizes
+        sampler = block_order(0, log, sizes, schedule)
     except LmtrainError as error:
         record.remarks.append(f"schedule.jsonl does not fit recipe.yaml: {error}")
         return None
-    end = recipe.train.schedule_of(recipe.data).first_block(record.steps[-1]["step"])
+    end = schedule.first_block(record.steps[-1]["step"])
     block_tokens = recipe.data.block_length
     per_token = _bytes_per_token(record, log.events)
     figure = mixture_figure(log.events, sampler, block_tokens, end)
@@ -215,7 +218,8 @@ def _bytes_per_token(record: Record, events: Sequence[Event]) -> dict[str, float
     assert record.recipe is not None
     data = record.recipe.data
     paths = {name: source.path for name, source in data.sources.items() if source.path is not None}
-    paths |= {name: source.path for event in events for name, source in event.sources.items()}
+    added = [pair for event in events for pair in event.sources.items()]
+    paths |= {name: source.path for name, source in added if source.path is not None}
     found = {}
     try:
         tokenizer = Tokenizer.load(data.tokenizer)
@@ -244,6 +248,7 @@ def _notes(record: Record, events: Sequence[Event], end: int, per_token: dict[st
     if unlisted:
         told = listing([f"{count} by {KINDS.get(origin, origin)}" for origin, count in unlisted.items()])
         notes.append(f"Not listed, and ticks in the figure: {told}.")
+    notes += [f"Step {row['step']}: {redact(row['policy_error'])}." for row in record.steps if "policy_error" in row]
     ahead = [numbers[place] for place, event in enumerate(ordered) if event.first_block >= end and place in numbers]
     if ahead:
         notes.append(f"Ahead of what has been read: event {listing(ahead)}.")

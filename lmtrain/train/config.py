@@ -73,13 +73,14 @@ class TrainConfig:
         check_ramp("batch_ramp", self.batch_ramp, self.batch_tokens, "batch_tokens")
 
     def schedule_of(self, data: DataConfig) -> Steps:
-        """Which blocks each step of the run reads."""
+        """Which blocks each step of the run reads. UsageError for a batch ramp that would cut runs."""
         return Steps(
             block_tokens=data.block_length,
             batch_tokens=self.batch_tokens,
             seq_len=data.seq_len,
             batch_ramp=self.batch_ramp,
             seq_lens=data.seq_lens,
+            run_blocks=data.run_blocks,
         )
 
     def num_steps(self, data: DataConfig) -> int:

@@ -39,7 +39,7 @@ def check(cfg: ScheduleConfig, total: int) -> None:
     if not 0 <= cfg.warmup_tokens <= total:
         raise UsageError(
             f"train.schedule.warmup_tokens: the run has {total:,} tokens, the warm-up {cfg.warmup_tokens:,}; "
-            "shorten the warm-up or lengthen the run (train.tokens, train.steps)"
+            f"lengthen the run (train.tokens, train.steps), or give {_that_fits(cfg, total)}"
         )
     if cfg.kind == "cosine":
         if cfg.decay_tokens is not None:
@@ -49,8 +49,18 @@ def check(cfg: ScheduleConfig, total: int) -> None:
     if not 0 <= decay <= total - cfg.warmup_tokens:
         raise UsageError(
             f"train.schedule.decay_tokens: warm-up {cfg.warmup_tokens:,} + decay {decay:,} tokens must fit into "
-            f"the run's {total:,}; set decay_tokens to at most {total - cfg.warmup_tokens:,}"
+            f"the run's {total:,}; lengthen the run (train.tokens, train.steps), or give {_that_fits(cfg, total)}"
         )
+
+
+def _that_fits(cfg: ScheduleConfig, total: int) -> str:
+    """What to say on the command line for a run of ``total`` tokens: a length that is too long becomes a usual one."""
+    warmup, decay = total // 10, total // 5
+    words = [] if 0 <= cfg.warmup_tokens <= total - decay else [f"train.schedule.warmup_tokens={warmup}"]
+    left = total - (warmup if words else cfg.warmup_tokens)
+    if cfg.kind == "wsd" and cfg.decay_tokens is not None and not 0 <= cfg.decay_tokens <= left:
+        words.append(f"train.schedule.decay_tokens={decay}")
+    return " ".join(words)
 
 
 def _decay_tokens(cfg: ScheduleConfig, total: int) -> int:

@@ -77,7 +77,7 @@ class Trainer:
             guard.load_state_dict(self.progress.guard)
         if self.progress.step == 0 and self.eval_cfg.every:
             self._evaluate()
-        stopped = False
+        stopped = postponed = False
         waiting = time.perf_counter()
         for data in self.loader.steps(self.progress.step, self.total_steps):
             wait = time.perf_counter() - waiting
@@ -100,6 +100,12 @@ class Trainer:
             guard.observe(self.progress.step, info.loss, info.skipped)
             self.progress.guard = guard.state_dict()
             stopped, save = bool(info.flags[0]), bool(info.flags[1])
+            if (stopped or save) and self.progress.step % schedule.run_blocks:
+                if self.recorder and not postponed:
+                    self.recorder.console.note(self._postponed("stop" if stopped else "save"))
+                stopped, save, postponed = False, False, True
+            else:
+                postponed = False
             last = self.progress.step == self.total_steps
             if last or (self.eval_cfg.every and self.progress.step % self.eval_cfg.every == 0):
                 self._evaluate()
@@ -116,6 +122,12 @@ class Trainer:
         if self.unsaved is not None:
             raise self.unsaved  # a run that ends without its last checkpoint is neither done nor resumable from here
         return EXIT_STOPPED if stopped and self.progress.step < self.total_steps else EXIT_DONE
+
+    def _postponed(self, request: str) -> str:
+        """A checkpoint holds no state of runs, so that another world size can go on from it."""
+        group = self.loader.schedule.run_blocks
+        end = -(-self.progress.step // group) * group
+        return f"{request}: waits for step {end}, the end of a group of {group} steps (data.run_blocks)"
 
     def _step(self, data: StepData, lr: float) -> StepInfo:
         stop = self.stop.requested
@@ -156,9 +168,13 @@ class Trainer:
             values |= {f"router_load.{place}": load.tolist() for place, load in info.router_load.items()}
         if info.skipped:
             values["skipped"] = info.skipped
+        if self.mixture.policy_error:
+            values["policy_error"], self.mixture.policy_error = self.mixture.policy_error, ""
         self.recorder.step(step, self.progress.tokens, values, seconds)
 
     def _evaluate(self) -> None:
+        if self.heldout is not None:
+            self.heldout.follow(self.loader.catalog)
         if self.heldout is None or not self.heldout.source_names or self.progress.evaluated == self.progress.step:
             return
         self.progress.evaluated = self.progress.step

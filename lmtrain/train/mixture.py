@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.checkpoint.ranks import Ranks
+from lmtrain.data.blocks.packing import plan_digests
+from lmtrain.data.counted import counted
 from lmtrain.data.loader import Loader
 from lmtrain.data.order.mix_request import MixRequest
 from lmtrain.data.order.schedule import Event, ScheduleLog, event_row
 from lmtrain.data.order.weights import COARSE_PERIOD, integer_weights
+from lmtrain.data.policies.guarded import Guarded
 from lmtrain.data.policies.policy import MixPolicy, Progress
-from lmtrain.data.policies.static import Static
 from lmtrain.engine.protocol import StepInfo
 from lmtrain.errors import LmtrainError, UsageError
 from lmtrain.train.request_file import REQUEST, Request, RequestFile
@@ -27,7 +29,7 @@ class Mixture:
 
     log: on rank 0 the file's, elsewhere None. policy, control (the run's ``control`` folder), note (a line for the
     console): used on rank 0. recorded: the last step some earlier attempt recorded; until then nothing is proposed, for
-    what was proposed then is in the log.
+    what was proposed then is in the log. policy_error: why the policy was given up, until it is in a metrics row.
     """
 
     loader: Loader
@@ -38,6 +40,7 @@ class Mixture:
     control: Path
     recorded: int
     note: Callable[[str], None]
+    policy_error: str = field(init=False, default="")
     _told: int = field(init=False)
     _candidate: Event | None = field(init=False, default=None)  # on rank 0: its sources are not opened everywhere yet
     _left: str = field(init=False, default="")  # mark of the request that an attempt before this one left
@@ -46,6 +49,7 @@ class Mixture:
     def __post_init__(self) -> None:
         self._told = self.loader.log_length
         self._file = RequestFile(self.control)
+        self._policy = Guarded(self.policy, self.loader.cfg.policy.kind, self._give_up)
         if self.log is not None:
             self._left = _mark_of(self._file)
 
@@ -71,21 +75,23 @@ class Mixture:
                 tokens[name] = targets
                 bits[name] = nats / targets / math.log(2) / length
         if info.skipped is None:
-            self.policy.observe(step, tokens, bits)
+            self._policy.observe(step, tokens, bits)
         if step >= self.total_steps:
             return
         # the ranks hear of it while they hold the next step, whose index is ``step``
-        earliest = self.loader.schedule.first_block(step + self.loader.lead)
+        earliest = self.loader.earliest(step)
         self._answer_request(step, earliest)
         if step > self.recorded:
             self._propose(step, earliest)
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint: what the policy learnt, and the events made so far; on rank 0 (elsewhere it is empty)."""
+        """For the checkpoint: what the policy learnt, the events made so far, and the digests of the pack plans that
+        sources are read by; on rank 0 (elsewhere it is empty)."""
         if self.log is None:
             return {}
-        learnt = {"kind": self.loader.cfg.policy.kind, "state": self.policy.state_dict()}
-        return {"events": [event_row(event) for event in self.log.events], "policy": learnt}
+        learnt = {"kind": self.loader.cfg.policy.kind, "state": self._policy.state_dict()}
+        plans = plan_digests(self.loader.catalog.blocks)
+        return {"events": [event_row(event) for event in self.log.events], "policy": learnt, "plans": plans}
 
     def share(self) -> None:
         """Tell all ranks the events they do not know; collective, in the step whose flags said so."""
@@ -128,7 +134,7 @@ class Mixture:
         made: list[Event] = []
 
         def make() -> None:
-            weights = self.policy.propose(step, progress)
+            weights = self._policy.propose(step, progress)
             if weights is not None and earliest < schedule.first_block(self.total_steps):
                 event = Event(earliest, "policy", kind, integer_weights(weights, COARSE_PERIOD), step=step)
                 self.loader.admit(event, None)
@@ -181,8 +187,16 @@ class Mixture:
         )
         refuse_undone(event, self.log.events, self.loader.block_tokens)
         event = replace(event, reason=f"{event.reason} [{request.mark}]".strip())
-        self.loader.admit(event, self.total_steps if isinstance(self.policy, Static) else None)
+        self._warn(admit_to_end(self.loader, event, self._policy, step, self.total_steps))
         return event
+
+    def _give_up(self, why: str) -> None:
+        self.policy_error = why
+        self._warn([why])
+
+    def _warn(self, warnings: Sequence[str]) -> None:
+        for warning in warnings:
+            self.note(f"WARNING: {warning}")
 
     def _applied(self, event: Event) -> None:
         self._settle(event.step, "applied")
@@ -206,14 +220,32 @@ def refuse_undone(event: Event, events: Sequence[Event], block_tokens: int) -> N
     made = [past.first_block for past in later if past.origin == "policy"]
     if event.weights and made:
         raise UsageError(
-            f"the log has {len(made)} later mixtures of the policy, made before the run was resumed, which would undo "
-            f"it; give at: {max(made) * block_tokens} or later, or forget them by a start with schedule.fork=true"
+            f"the log has {counted(len(made), 'later mixture')} of the policy, made before the run was resumed, "
+            f"which would undo it; give at: {max(made) * block_tokens} or later, or forget them by a start with "
+            "schedule.fork=true"
         )
+
+
+def admit_to_end(loader: Loader, event: Event, policy: MixPolicy | Guarded, step: int, stop: int) -> list[str]:
+    """``Loader.admit`` of what a person asks after ``step`` of ``stop`` steps, with what ``policy`` will do later.
+
+    Epochs are those of the whole run where the policy decides in advance, else nothing is known of them.
+    """
+    # the policy was asked about everything before what a step ago was the first block that could change
+    asked, earliest = (loader.earliest(at) for at in (step - 1, step))
+    coming = policy.ahead(asked * loader.block_tokens)
+    if coming is None:
+        return loader.admit(event, None)
+    ahead = []
+    for tokens, mixture in coming:
+        first = loader.sampler.next_change(max(-(-tokens // loader.block_tokens), earliest))
+        ahead.append(Event(first, "policy", "", integer_weights(mixture, COARSE_PERIOD), step=step))
+    return loader.admit(event, stop, ahead)
 
 
 def describe(event: Event, block_tokens: int) -> str:
     """An event in words."""
-    parts = [f"adds {name} ({source.path})" for name, source in event.sources.items()]
+    parts = [f"adds {name} ({source.origin})" for name, source in event.sources.items()]
     if event.skip:
         parts.append(f"skips {event.skip * block_tokens:,} tokens")
     if event.weights:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from lmtrain.data.order.mix_request import MAX_LENGTH
+from lmtrain.data.order.request_text import MAX_LENGTH
 from lmtrain.errors import UsageError
 
 REQUEST = "mix.yaml"

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.ingest import reading
-from lmtrain.data.ingest.filters import decontaminate, minhash, words
+from lmtrain.data.ingest.filters import decontaminate, exact, minhash, words
 from lmtrain.data.ingest.filters.exact import text_digest
 from lmtrain.data.ingest.filters.quality import RULES, broken_rule
 from lmtrain.data.ingest.filters.words import Known, runs_of, words_of
@@ -164,3 +166,15 @@ def test_every_filter_reports_what_it_left_out(
     assert shown["near_duplicate"]["because"] == "document 4 of a" and shown["near_duplicate"]["document"] == 20
     assert shown["contaminated"]["because"].endswith("exam.txt") and shown["contaminated"]["text"].startswith("intro")
     assert shown["duplicate"]["where"] == f"{a}:22"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.text(st.sampled_from(" \n\t\u00a0\u2003aAe\u0301\u0327\u03a3\u03c3\u0130\u1100\u1161\u11a8."), max_size=60),
+    st.integers(2, 9),
+)
+def test_a_long_text_has_the_digest_of_its_definition(text: str, piece: int) -> None:
+    plain = " ".join(unicodedata.normalize("NFC", text).lower().split())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact, "PIECE", piece)
+        assert exact.text_digest(text) == xxhash.xxh3_128_digest(plain.encode())

@@ -72,6 +72,21 @@ def test_documents_are_written_rearranged(
         prepare(dataclasses.replace(cfg, out=str(tmp_path / "b"), tokenizer=other))
 
 
+def test_a_document_is_rearranged_alike_wherever_it_stands(
+    tmp_path: Path, write_jsonl: Callable[..., str], make_text: Callable[[int, int], str]
+) -> None:
+    texts = [make_text(i, 60) for i in range(40)]
+    made = []
+    for name, order in (("a", texts), ("b", ["", make_text(99, 5), *reversed(texts)])):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", [{"text": text} for text in order])
+        tokenizer = "train:330" if not made else str(tmp_path / "out-a" / "tokenizer.json")
+        cfg = PrepareConfig(str(tmp_path / f"out-{name}"), tokenizer, {"s": SourceOptions(path, fim_rate=0.5)}, 0.0)
+        prepare(cfg)
+        store = Store(tmp_path / f"out-{name}" / "s" / "train")
+        made.append({tuple(store.document(i).tolist()) for i in range(store.num_documents)})
+    assert len(made[0]) == 40 and made[0] < made[1]
+
+
 def test_marks_that_text_can_spell_are_refused(tmp_path: Path, prepared: Path) -> None:
     import tokenizers
 

@@ -56,6 +56,25 @@ def test_schedule_v2() -> None:
     )
 
 
+def test_schedule_v3() -> None:
+    news = AddedSource("data/news", "00112233445566778899aabbccddeeff")
+    arguments: dict[str, int | float | str | bool] = {
+        "pairs": 4,
+        "length": 64,
+        "note": "x",
+        "share": 0.5,
+        "shuffle": True,
+    }
+    recall = AddedSource(None, "ffeeddccbbaa99887766554433221100", "lmtrain.eval.probes.mqar:mqar", arguments)
+    events = ScheduleLog.read(FIXTURES / "schedule-v3.jsonl").events
+    assert events == (
+        Event(0, "recipe", "data.sources.*.weight", {"code": 45875, "docs": 19661}),
+        Event(5000, "policy", "", {"code": 1024, "docs": 2048, "news": 1024}, 0, {"news": news}, 70),
+        Event(6000, "user", "", sources={"recall": recall}, step=80),
+    )
+    assert [type(value) for value in events[2].sources["recall"].arguments.values()] == [int, int, str, float, bool]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

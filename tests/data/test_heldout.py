@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from lmtrain.data.batch import IGNORE
-from lmtrain.data.config import DataConfig
+from lmtrain.data.catalog import Catalog, added_source
+from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.heldout import Heldout
+from lmtrain.data.order.schedule import Event
 from lmtrain.data.store.manifest import Manifest
 from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
@@ -77,3 +80,43 @@ def test_only_the_first_tokens(prepared: Path, data_config: Config, max_tokens: 
         assert heldout.bytes_of_text[name] == len(tokenizer.decode(ids).encode())
         targets = sum(batch.num_targets for batch in heldout.batches(name, 2))
         assert targets == used - heldout.num_unpredicted[name]
+
+
+def test_what_comes_during_a_run_is_scored_beside_the_total(
+    prepared: Path, data_config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    cfg = data_config({"code": 1.0, "docs": 1.0})
+    catalog = Catalog(cfg, Tokenizer.load(cfg.tokenizer), 0)
+    heldout, whole = Heldout(cfg, 500), Heldout(data_config(), 500)
+    heldout.follow(catalog)
+    assert heldout.source_names == ["code", "docs"]
+    places = {"odd": "lmtrain.eval.probes.parity:parity", "rare": str(prepared / "rare")}
+    for name, where in places.items():
+        added = added_source(name, where, {} if name == "rare" else {"bits": 9})
+        catalog.add([Event(5, "user", "", sources={name: added})])
+    for _ in range(2):
+        heldout.follow(catalog)
+    assert heldout.source_names == ["code", "docs", "rare"]
+    assert [record.message for record in caplog.records] == [
+        "source odd has no held-out documents: its loss on unseen text is not measured"
+    ]
+    for part in ("num_tokens", "num_unpredicted", "bytes_of_text"):
+        assert getattr(heldout, part) == getattr(whole, part)
+    ours, theirs = list(heldout.batches("rare", 3)), list(whole.batches("rare", 3))
+    assert all((a.tokens == b.tokens).all() for a, b in zip(ours, theirs, strict=True))
+    assert {int(id) for batch in ours for id in batch.source.unique()} == {list(catalog.blocks).index("rare")} == {3}
+    nats = {"code": 70.0, "docs": 80.0, "rare": 90.0}
+    values = heldout.bits_per_byte(nats)
+    assert values["heldout_bpb"] == Heldout(cfg, 500).bits_per_byte(nats)["heldout_bpb"]
+    assert values["heldout_bpb.rare"] == whole.bits_per_byte(nats)["heldout_bpb.rare"]
+
+
+def test_a_total_of_what_came_where_nothing_else_is_held_out(prepared: Path, data_config: Config) -> None:
+    made = SourceConfig(synthetic="lmtrain.eval.probes.parity:parity", arguments={"bits": 9})
+    cfg = replace(data_config(), sources={"odd": made})
+    catalog, heldout = Catalog(cfg, Tokenizer.load(cfg.tokenizer), 0), Heldout(cfg)
+    assert not heldout.source_names
+    catalog.add([Event(5, "user", "", sources={"rare": added_source("rare", str(prepared / "rare"), {})})])
+    heldout.follow(catalog)
+    values = heldout.bits_per_byte({"rare": 90.0})
+    assert values["heldout_bpb"] == values["heldout_bpb.rare"] > 0

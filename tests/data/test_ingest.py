@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -293,12 +294,14 @@ def test_finished_shards_are_not_tokenized_again(
     monkeypatch.setattr(Encoder, "__call__", counted)
     with pytest.raises(StorageError, match="No space left"):
         prepare(cfg)
+    shutil.copytree(tmp_path / "out", tmp_path / "two")
     monkeypatch.setattr(Encoder, "__call__", lambda self, task: seen.append(task.chunk.first) or call(self, task))
     prepare(cfg)
     assert len(set(seen)) > 14 and len(seen) <= len(set(seen)) + 1
     whole = dataclasses.replace(cfg, out=str(tmp_path / "whole"))
     prepare(whole)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    prepare(dataclasses.replace(cfg, out=str(tmp_path / "two"), workers=2))
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole") == contents(tmp_path / "two")
 
 
 def test_a_full_disk_is_one_line_and_room_is_all_it_takes(

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lmtrain.data.batch import IGNORE
+from lmtrain.data.blocks.function import document_function
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.loader import Loader
 from lmtrain.data.order.schedule import AddedSource, Event, ScheduleLog
@@ -216,6 +217,7 @@ def test_a_new_source_keeps_the_order_of_the_others(data_config: Config) -> None
     assert before[: len(after)] == after and len(after) > 20
 
 
+@document_function
 def numbers(seed: int, index: int, *, most: int) -> list[int]:
     """A synthetic source: a document of 2 to ``most`` tokens."""
     return [index % 7, *range(1, 2 + (seed + index) % (most - 1))]
@@ -236,8 +238,7 @@ def test_packed_and_synthetic_sources_are_sources_like_others(data_config: Confi
         for row in range(32):
             block = reader.catalog.blocks[reader.source_names[source[row]]].block(int(window[row]))
             real = np.ones(65, dtype=bool) if block.real is None else block.real
-            may = real if block.target is None else real & block.target
-            labels = np.where((block.ids[1:] == block.ids[:-1]) & may[1:], block.tokens[1:], IGNORE)
+            labels = np.where((block.ids[1:] == block.ids[:-1]) & real[1:], block.tokens[1:], IGNORE)
             assert batch.labels[row].tolist() == labels.tolist()
             assert batch.tokens[row].tolist() == block.tokens[:64].tolist()
             assert (labels != IGNORE).sum() == real.sum() - 1 if source[row] else len(np.unique(block.ids)) > 6

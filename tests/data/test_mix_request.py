@@ -9,9 +9,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmtrain.data.blocks.function import DocumentFunction
 from lmtrain.data.order.mix_request import MixRequest, mixed, tokens_of
 from lmtrain.data.order.sampler import Sampler
-from lmtrain.data.order.schedule import ScheduleLog
+from lmtrain.data.order.schedule import AddedSource, ScheduleLog
 from lmtrain.data.store.store import StoreWriter
 from lmtrain.errors import DataError, LmtrainError, UsageError
 
@@ -50,15 +51,42 @@ def test_a_new_source_is_named_by_its_content(tmp_path: Path) -> None:
     assert set(event.weights) == {"code", "docs", "rare", "news"}
 
 
+def test_a_new_source_may_be_a_function() -> None:
+    text = (
+        "add: {recall: lmtrain.eval.probes.mqar:mqar, odd: lmtrain.eval.probes.parity:parity}\n"
+        "arguments: {recall.pairs: 4, recall.length: 64, recall.num_keys: 9, recall.num_values: 9, odd.bits: 7}"
+    )
+    request = MixRequest.parse(text)
+    assert request.arguments["odd"] == {"bits": 7} and request.add["odd"] == "lmtrain.eval.probes.parity:parity"
+    sources = request.event(SAMPLER, **WHERE).sources
+    for name in ("recall", "odd"):
+        function = DocumentFunction("any", request.add[name], request.arguments[name])
+        assert sources[name] == AddedSource(None, function.digest(), request.add[name], request.arguments[name])
+
+
+def test_arguments_are_numbers_where_they_can_be() -> None:
+    given = {"4": 4, "-0.5": -0.5, "1e3": 1000.0, "true": True, "True": "True", "2026-01-02": "2026-01-02"}
+    given |= {"NaN": "NaN", "null": "null", "[1]": "[1]", "": "", "9" * 5000: "9" * 5000, "[" * 5000: "[" * 5000}
+    arguments = {f"f.a{n}": text for n, text in enumerate(given)}
+    read = MixRequest.parse(yaml.safe_dump({"add": {"f": "a.b:c"}, "arguments": arguments}, sort_keys=False)).arguments[
+        "f"
+    ]
+    assert list(read.values()) == list(given.values())
+    assert [type(value) for value in read.values()] == [type(value) for value in given.values()]
+
+
 def test_paths_are_of_the_folder_where_the_request_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert MixRequest.parse("add: {news: data/news}").add == {"news": str(tmp_path / "data" / "news")}
+    given = {"news": "data/news", "a": "./a:b", "f": "a.b:c"}
+    assert MixRequest.parse(yaml.safe_dump({"add": given})).add == {
+        "news": str(tmp_path / "data" / "news"), "a": str(tmp_path / "a:b"), "f": "a.b:c",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "expected keys (weights, skip, add, at, reason) and values"),
+        ("", "expected keys (weights, skip, add, arguments, at, reason) and values"),
         ("- 1", "expected keys"),
         ("weights: {", "not YAML"),
         ("weights: " + "[" * 5000, "line 1: expected KEY: TEXT or KEY: {NAME: TEXT}, got a list or deeper levels"),
@@ -103,8 +131,22 @@ def test_paths_are_of_the_folder_where_the_request_is_read(tmp_path: Path, monke
         ("skip: 5\nat: 9000", "it would take effect at 9,000 tokens, the run ends at 9,000"),
         ("add: {code: x}", "add.code: there is a source of that name"),
         ("add: {a-b: x}", "add: 'a-b' is no name"),
-        ("add: {news: }", "add.news: expected a path, got ''"),
-        ('add: {news: "a\\nb"}', "add.news: expected a path, got 'a\\nb'"),
+        ("add: {news: }", "add.news: expected a path or package.module:function, got ''"),
+        ('add: {news: "a\\nb"}', "add.news: expected a path or package.module:function, got 'a\\nb'"),
+        ("skip: 1\narguments: {f.x: 1}", "arguments.f: add names no function of that name"),
+        (
+            "add: {func: a.b:c}\narguments: {funk.x: 1}",
+            "arguments.funk: add names no function of that name; did",
+        ),
+        ("add: {f: ./f}\narguments: {f.x: 1}", "arguments.f: add names no function of that name"),
+        ("add: {f: a.b:c}\narguments: {x: 1}", "arguments: expected {SOURCE.ARGUMENT: value}, got 'x'"),
+        ("add: {f: a.b:c}\narguments: {f.x: {y: 1}}", "line 2: expected KEY: TEXT or KEY: {NAME: TEXT}"),
+        ("add: {f: no_such.module:f}", "data.sources.f.synthetic: no_such.module:f: No module named 'no_such'"),
+        ("add: {f: lmtrain.eval.probes.mqar:mqa}", "lmtrain.eval.probes.mqar has no function mqa; did you mean mqar?"),
+        (
+            "add: {f: lmtrain.eval.probes.parity:parity}",
+            "data.sources.f.arguments: lmtrain.eval.probes.parity:par",
+        ),
         ("add: {news: gone/by}", "gone/by.idx: No such file or directory; a source is a folder made by"),
     ],
 )

@@ -201,6 +201,26 @@ def test_a_stage_is_proposed_once_and_leaves_a_person_alone_in_between() -> None
     assert policy.propose(3, progress(by_hand, done=502, proposed=late)) is None
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_what_stages_will_propose_is_known(data: st.DataObject) -> None:
+    """Against a run that asks after every token: the same tokens of every source from any place on."""
+    weights = st.fixed_dictionaries({"code": st.integers(1, 3), "docs": st.integers(0, 3)})
+    places = data.draw(st.lists(st.integers(10, 990), min_size=1, max_size=3, unique=True))
+    stages = {f"s{at}": StageConfig(at=at, weights=data.draw(weights)) for at in places}
+    policy = staged(data.draw(st.sampled_from([None, "linear", "cosine"])), stages)
+    done = data.draw(st.integers(0, 999))
+    expected = {name: sum(policy.mixture(at + 0.5).get(name, 0.0) for at in range(done, 1000)) for name in NAMES}
+    changes = [(done, policy.mixture(done + 0.5)), *policy.ahead(done)]
+    assert all(done < at for at, _ in changes[1:])
+    found = dict.fromkeys(NAMES, 0.0)
+    for (at, mixture), (end, _) in itertools.pairwise([*changes, (1000, {})]):
+        assert at <= end
+        for name, share in mixture.items():
+            found[name] += share * (end - at)
+    assert found == pytest.approx(expected, abs=2.5 if policy.every > 1 else 1e-6)
+
+
 @pytest.mark.parametrize(
     ("stage", "message"),
     [

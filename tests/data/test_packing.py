@@ -18,7 +18,7 @@ from lmtrain.data.batch import Batch, make_batch
 from lmtrain.data.blocks import pack_plan
 from lmtrain.data.blocks.best_fit import best_fit, cut
 from lmtrain.data.blocks.pack_plan import PackPlan, write_plan
-from lmtrain.data.blocks.packing import BestFitBlocks, UnpackedBlocks
+from lmtrain.data.blocks.packing import BestFitBlocks, UnpackedBlocks, plan_digests
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.loader import Loader
 from lmtrain.data.order.schedule import ScheduleLog
@@ -130,6 +130,13 @@ def test_a_plan_is_deterministic_and_written_once(tmp_path: Path) -> None:
     write_plan(store, 32)
     assert {path.name: path.read_bytes() for path in (tmp_path / "x.pack-32").iterdir()} == before
     assert header.num_padding / (header.num_blocks * 33) < 0.01
+    digest = PackPlan.open(store, 32).digest
+    assert plan_digests({"x": BestFitBlocks(store, 32), "y": UnpackedBlocks(store, 32)}) == {"x": digest}
+    other = store_of(tmp_path / "y", [*lengths[1:], lengths[0]])
+    write_plan(other, 32)
+    assert PackPlan.open(other, 32).digest != digest
+    for path in (*tmp_path.glob("y.[bi]*"), *(tmp_path / "y.pack-32").iterdir(), tmp_path / "y.pack-32"):
+        path.rmdir() if path.is_dir() else path.unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.bin", "x.idx", "x.pack-32"]
 
 

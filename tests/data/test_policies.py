@@ -110,13 +110,16 @@ def test_no_loss_ends_a_run(kind: Any, bits: float, tmp_path: Path) -> None:
                 assert proposal is None or sum(proposal.values()) == pytest.approx(1)
 
 
-LAWS = {"code": (0.5, 4, 1), "docs": (0.25, 2, 0.5), "web": (0.02, 3, 2)}
+Laws = dict[str, tuple[float, float, float]]
+LAWS: Laws = {"code": (0.5, 4, 1), "docs": (0.25, 2, 0.5), "web": (0.02, 3, 2)}
+FLAT: Laws = LAWS | {"web": (0.02, 0.002, 2)}
+"""One source hardly falls: its rho is what delta_min leaves it."""
 COUNTS = [(4, 2, 2), (1, 5, 2), (0, 4, 4), (3, 3, 2)]
 
 
-def ado_by_hand() -> list[tuple[Decimal, ...]]:
+def ado_by_hand(given: Laws) -> list[tuple[Decimal, ...]]:
     """pi after each step, in decimal arithmetic, with given fits and mu = (1/2, 1/4, 1/4)."""
-    laws = [[Decimal(str(value)) for value in LAWS[name]] for name in NAMES]
+    laws = [[Decimal(str(value)) for value in given[name]] for name in NAMES]
     mu = [Decimal("0.5"), Decimal("0.25"), Decimal("0.25")]
     recent, average, read = list(mu), list(mu), Decimal(0)
     result = []
@@ -137,11 +140,12 @@ def ado_by_hand() -> list[tuple[Decimal, ...]]:
     return result
 
 
-def test_ado_by_hand_with_given_fits() -> None:
+@pytest.mark.parametrize("fits", [LAWS, FLAT])
+def test_ado_by_hand_with_given_fits(fits: Laws) -> None:
     policy = Ado(PolicyConfig("ado"), {"code": 0.5, "docs": 0.25, "web": 0.25}, RUN)
-    laws = {name: list(map(float, law)) for name, law in LAWS.items()}
+    laws = {name: list(map(float, law)) for name, law in fits.items()}
     policy.load_state_dict({**policy.state_dict(), "laws": laws})
-    for t, (counts, expected) in enumerate(zip(COUNTS, ado_by_hand(), strict=True), 1):
+    for t, (counts, expected) in enumerate(zip(COUNTS, ado_by_hand(fits), strict=True), 1):
         policy.observe(
             t, {name: 1000.0 * count for name, count in zip(NAMES, counts, strict=True)}, dict.fromkeys(NAMES, 1.5)
         )

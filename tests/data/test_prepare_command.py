@@ -221,6 +221,23 @@ def test_mistakes(
     assert not list(tmp_path.iterdir())
 
 
+def test_the_console_counts_ids_and_ones(
+    tmp_path: Path, prepared: Path, write_jsonl: Callable[..., str], make_text: Callable[[int, int], str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Ten ids of three documents each: what is held out is a share of the ids."""
+    documents = [{"id": f"page {i // 3}", "text": make_text(i, 40)} for i in range(30)]
+    words = [f"out={tmp_path / 'out'}", f"tokenizer={prepared / 'tokenizer.json'}", "heldout=0.3"]
+    words += [f"sources.pages.path={write_jsonl(tmp_path / 'pages.jsonl', documents)}"]
+    words += [f"sources.one.path={write_jsonl(tmp_path / 'one.jsonl', [{'text': make_text(98, 40)}])}"]
+    page = said(words, capsys)
+    heldout = Store(tmp_path / "out" / "pages" / "heldout").num_documents
+    assert 0 < heldout < 30 and f"held out {heldout} documents ({heldout // 3} of 10 ids), " in page
+    assert "  one: 1 document, " in page and "held out 0 documents, 0 tokens; left out 0 documents" in page
+    assert ": 1 document (0 empty), " not in page and "1 documents" not in page
+    assert f"one{os.sep}train: 1 document, " in said(["inspect", str(tmp_path / "out" / "one")], capsys)
+
+
 def test_values() -> None:
     words = "out=1e3 tokenizer=train:300 workers=2 heldout=0 overwrite=True eod=</s>"
     cfg = prepare.parse([*words.split(), "sources.a.path=x=y", "sources.a.split=v"])

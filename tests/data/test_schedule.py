@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,28 @@ def test_open_append_read(tmp_path: Path) -> None:
         ScheduleLog.open(path, {"code": 1, "docs": 1})
 
 
+def test_an_event_is_on_disk_when_append_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "schedule.jsonl", dict[int, int]()
+
+    def sync(handle: int) -> None:
+        about = os.fstat(handle)
+        synced[about.st_ino] = about.st_size
+
+    monkeypatch.setattr(os, "fsync", sync)
+    log = ScheduleLog.open(path, {"code": 3, "docs": 1})
+    assert synced.pop(tmp_path.stat().st_ino) > 0, "the file's name too"
+    for skip in (1, 2):
+        log.append(Event(100, "user", "", skip=skip))
+        assert synced == {path.stat().st_ino: path.stat().st_size}
+
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"schedule.jsonl: No space left on device$"):
+        log.append(Event(200, "user", "", skip=3))
+
+
 @pytest.mark.parametrize(
     ("event", "message"),
     [
@@ -83,7 +107,9 @@ NAMES = st.dictionaries(st.text("abcdef_", min_size=1, max_size=8), st.integers(
 def test_a_line_says_all_of_an_event(
     first: int, reason: str, weights: dict[str, int], skip: int, sources: dict[str, int], step: int
 ) -> None:
-    added = {name: AddedSource(f"data/{name}", f"{digest:x}") for name, digest in sources.items()}
+    added = {name: AddedSource(f"data/{name}", f"{digest:x}") for name, digest in sources.items() if digest % 2}
+    made = {name: AddedSource(None, f"{digest:x}", "a.b:c", {name: digest / 3}) for name, digest in sources.items()}
+    added = made | added
     event = Event(first, "user", reason, weights, skip, added, step)
     line = event_line(event)
     assert line.count(b"\n") == 1 and line.endswith(b"\n") and parse_event(json.loads(line)) == event
@@ -147,11 +173,12 @@ def test_torn_last_line_is_ignored_and_replaced(tmp_path: Path, caplog: pytest.L
         ((b"{", b"["), ":1: not a schedule event"),
         (
             (b'"order_version": 1', b'"order_version": 2'),
-            "format 2, order 2, this version of lmtrain reads up to 2 and 1",
+            "format 3, order 2, this version of lmtrain reads up to 3 and 1",
         ),
-        ((b'"format_version": 2', b'"format_version": 9'), "format 9"),
+        ((b'"format_version": 3', b'"format_version": 9'), "format 9"),
         ((b'"first_block": 0', b'"first_block": 7'), "the first event must give weights from block 0"),
         ((b'"reason"', b'"raison"'), "reason"),
+        ((b'"sources": {}', b'"sources": {"x": {"path": null, "digest": ""}}'), "has a path or is synthetic, one of"),
     ],
 )
 def test_damage_is_an_error(tmp_path: Path, change: tuple[bytes, bytes], message: str) -> None:

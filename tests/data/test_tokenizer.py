@@ -140,17 +140,14 @@ def test_the_faster_engine_gives_the_same_ids(bpe: Tokenizer) -> None:
 def test_an_engine_that_differs_is_not_used(bpe: Tokenizer, tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     spec = json.loads(Path(bpe.path).read_text(encoding="utf-8"))
-    vocab = spec["model"]["vocab"]
-    last, before = sorted((token for token in vocab if len(token) == 2), key=vocab.__getitem__)[:2]
-    vocab[last], vocab[before] = vocab[before], vocab[last]  # ids no longer in the order of the merges
+    vocab = {token: number for token, number in spec["model"]["vocab"].items() if len(token) == 1 or token == EOD}
+    spec["model"] |= {"vocab": vocab | {"bc": 257, "ab": 258}, "merges": [["a", "b"], ["b", "c"]]}
     (tmp_path / "swapped.json").write_text(json.dumps(spec), encoding="utf-8")
     swapped = Tokenizer.load(tmp_path / "swapped.json")
-    sample = ["def quick brown the fox return x + 1 " * 3, "the the th e he"]
-    reason = swapped.accelerate(sample)
-    own = swapped.encode_batch(sample)
-    assert reason is None or "other ids" in reason
-    assert all(np.array_equal(a, swapped.engine.encode(t, add_special_tokens=False).ids)  # type: ignore[attr-defined]
-               for a, t in zip(own, sample, strict=True))  # fmt: skip
+    # merges say ab first, ids, which tiktoken takes for ranks, bc
+    assert swapped.accelerate(["ab bc", "x abc"]) == "tiktoken gives other ids for 'x abc'"
+    assert swapped.encode_batch(["abc"])[0].tolist() == [258, vocab["c"]]
+    assert swapped.accelerate() is None and swapped.encode_batch(["abc"])[0].tolist() == [vocab["a"], 257]
     spec["normalizer"] = {"type": "NFC"}
     (tmp_path / "nfc.json").write_text(json.dumps(spec), encoding="utf-8")
     assert Tokenizer.load(tmp_path / "nfc.json").accelerate() == "it has a normalizer"

@@ -8,7 +8,7 @@ import pytest
 
 from lmtrain.errors import UsageError
 from lmtrain.parallel.config import MeshConfig
-from lmtrain.parallel.mesh import resolve
+from lmtrain.parallel.mesh import fewest, resolve
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,12 @@ from lmtrain.parallel.mesh import resolve
 )
 def test_resolves(axes: dict[str, int], world: int, expected: dict[str, int]) -> None:
     assert resolve(MeshConfig(**axes), world) == MeshConfig(**expected)
+
+
+@pytest.mark.parametrize(("axes", "least"), [({}, 1), ({"sp": 2, "ep": 2}, 2), ({"dp_replicate": 2, "dp_shard": 4}, 8)])
+def test_the_fewest_processes_of_a_mesh(axes: dict[str, int], least: int) -> None:
+    assert fewest(MeshConfig(**axes)) == least
+    assert resolve(MeshConfig(**axes), least)
 
 
 @pytest.mark.parametrize(

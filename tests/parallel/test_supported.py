@@ -15,6 +15,7 @@ from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.mixers.attention import AttentionConfig
 from lmtrain.model.mixers.lstm import LSTMConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
+from lmtrain.model.mixers.mla import MLAConfig
 from lmtrain.parallel.config import ClusterConfig, MeshConfig
 from lmtrain.parallel.mesh import resolve
 from lmtrain.parallel.supported import COMBINATIONS, Setup, check, table
@@ -23,24 +24,32 @@ BRANCHES: dict[str, Any] = {
     "ssm": Mamba2Config(d_state=8, head_dim=8, conv_width=4),
     "wide": AttentionConfig(num_heads=8, num_kv_heads=4),
     "narrow": AttentionConfig(num_heads=8, num_kv_heads=2),
+    "local": AttentionConfig(num_heads=8, num_kv_heads=4, window=8),
+    "latent": MLAConfig(num_heads=2, kv_rank=6, nope_dim=4, rope_dim=2, value_dim=3),
     "rnn": LSTMConfig(),
     "mlp": MLPConfig(d_ff=32),
     "moe": MoEConfig(num_experts=6, top_k=2, d_expert=8),
 }
 
 
-def setup(pattern: str, seq_len: int, axes: dict[str, int], **cluster: Any) -> Setup:
+def setup(pattern: str, seq_len: int, axes: dict[str, int], run_blocks: int = 1, **cluster: Any) -> Setup:
     sizes = {"dp_shard": 1, **axes}
     world = sizes["dp_shard"] * sizes.get("sp", 1) * sizes.get("pp", 1) * sizes.get("tp", 1)
     mesh = resolve(MeshConfig(**sizes), world)
-    return Setup(ModelConfig(16, BRANCHES, pattern), seq_len, ClusterConfig(**cluster), mesh)
+    return Setup(ModelConfig(16, BRANCHES, pattern), seq_len, ClusterConfig(**cluster), mesh, run_blocks)
 
 
 def told(pattern: str, seq_len: int, axes: dict[str, int], **cluster: Any) -> str | None:
     """Why it is refused, None if it is not."""
     wanted = setup(pattern, seq_len, axes, **cluster)
     try:
-        check(wanted.model, seq_len=wanted.seq_len, cluster=wanted.cluster, mesh=wanted.mesh)
+        check(
+            wanted.model,
+            seq_len=wanted.seq_len,
+            cluster=wanted.cluster,
+            mesh=wanted.mesh,
+            run_blocks=wanted.run_blocks,
+        )
     except UsageError as refused:
         return str(refused)
     return None
@@ -59,6 +68,10 @@ def told(pattern: str, seq_len: int, axes: dict[str, int], **cluster: Any) -> st
         ("ssm mlp", 32, {"sp": 8}, {"sp_attention": "heads"}),  # no attention branch
         ("wide", 32, {"sp": 4}, {"sp_attention": "heads"}),  # `narrow` is named, and not used
         ("moe", 32, {"dp_shard": 3, "sp": 2, "ep": 6}, {}),
+        ("rnn ssm local moe", 32, {"dp_shard": 2}, {"run_blocks": 4, "activation_checkpointing": True}),
+        ("ssm local mlp", 32, {"sp": 4}, {"run_blocks": 4, "sp_attention": "gather"}),
+        ("ssm mlp", 32, {"sp": 4}, {"run_blocks": 4, "sp_attention": "heads"}),
+        ("ssm local mlp", 32, {"dp_shard": 4}, {"run_blocks": 4, "sp_attention": "heads"}),
     ],
 )
 def test_works(pattern: str, seq_len: int, axes: dict[str, int], cluster: dict[str, Any]) -> None:
@@ -111,6 +124,30 @@ REFUSED: list[tuple[str, int, dict[str, int], dict[str, Any], str]] = [
         "sp_attention=heads: mesh.sp=4 does not divide the 2 key/value heads of model.branches.narrow; "
         "use sp_attention=auto (gathers keys and values there)",
     ),
+    (
+        "local wide",
+        32,
+        {},
+        {"run_blocks": 4},
+        "data.run_blocks=4: model.branches.wide (attention) sees its whole document, so its state would grow with the "
+        "run; use model.branches.wide.window=32, or data.run_blocks=1",
+    ),
+    (
+        "latent",
+        32,
+        {},
+        {"run_blocks": 2},
+        "data.run_blocks=2: model.branches.latent (mla) sees its whole document, so its state would grow with the "
+        "run; use data.run_blocks=1",
+    ),
+    (
+        "ssm local",
+        32,
+        {"sp": 4},
+        {"run_blocks": 4, "sp_attention": "heads"},
+        "sp_attention=heads: model.branches.local cannot carry its state there (data.run_blocks=4); "
+        "use sp_attention=auto (gathers keys and values)",
+    ),
     ("mlp", 32, {"dp_shard": 2, "ep": 2}, {}, "mesh.ep=2: no branch of model.pattern has experts; use mesh.ep=1"),
     (
         "moe",
@@ -134,6 +171,7 @@ def test_what_the_refusals_propose_is_accepted() -> None:
     assert told("wide", 32, {"sp": 4}) is None
     assert told("mlp ssm", 8, {"sp": 2}) is None and told("mlp ssm", 12, {"sp": 4}) is None
     assert told("wide narrow", 32, {"sp": 4}, sp_attention="auto") is None
+    assert told("ssm local", 32, {"sp": 4}, run_blocks=4, sp_attention="auto") is None
 
 
 def test_every_rule_has_a_case() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,15 @@ def test_memory_shrinks_with_shards_and_units() -> None:
     assert 2 * four.activations == one.activations and four.logits <= one.logits  # of a chunk, not of the row
     assert parts(ONE, fsdp_units="root").gathered > one.gathered
     assert parts(ONE, activation_checkpointing=True).activations < one.activations / 2
+
+
+def test_carried_state_is_of_all_rows_of_a_step() -> None:
+    model = ModelConfig(d_model=128, branches=BRANCHES, pattern="2 * (ssm mlp)")
+    carried = []
+    for run_blocks in (1, 4):
+        plan = summary(model, replace(DATA, run_blocks=run_blocks), TRAIN, CPU, world_size=2, tokenizer_size=2048)
+        carried.append(plan["memory"]["carried"])
+    assert carried == [0, 2 * 4 * BRANCHES["ssm"].state_bytes(128, 1, 256)]  # two branches, 2048 / 256 / 2 rows
 
 
 def test_plan_does_not_import_config() -> None:

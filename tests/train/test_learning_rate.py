@@ -1,6 +1,7 @@
 """The learning rate: its landmarks, its continuity, and schedules that do not fit the run."""
 
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -65,13 +66,26 @@ def test_every_schedule_that_fits_is_accepted(cfg: ScheduleConfig) -> None:
     check(cfg, TOTAL)
 
 
+@given(st.sampled_from(["cosine", "wsd"]), st.integers(0, 3000), st.none() | st.integers(0, 3000), st.integers(0, 2000))
+def test_what_is_proposed_fits(kind: Any, warmup: int, decay: int | None, total: int) -> None:
+    cfg = ScheduleConfig(kind=kind, warmup_tokens=warmup, decay_tokens=decay if kind == "wsd" else None)
+    try:
+        check(cfg, total)
+    except UsageError as error:
+        assert str(error).startswith("train.schedule.")
+        given = dict(word.split("=") for word in str(error).split(" or give ")[1].split())
+        lengths = {key.removeprefix("train.schedule."): int(value) for key, value in given.items()}
+        assert lengths
+        check(replace(cfg, **lengths), total)
+
+
 @pytest.mark.parametrize(
     ("cfg", "words"),
     [
         (ScheduleConfig(warmup_tokens=1001), "warmup_tokens: the run has 1,000"),
         (ScheduleConfig(warmup_tokens=-1), "warmup_tokens"),
-        (ScheduleConfig(kind="wsd", warmup_tokens=300, decay_tokens=800), "decay_tokens to at most 700"),
-        (ScheduleConfig(kind="wsd", warmup_tokens=900), "decay_tokens to at most 100"),
+        (ScheduleConfig(kind="wsd", warmup_tokens=300, decay_tokens=800), r"give train.schedule.decay_tokens=200$"),
+        (ScheduleConfig(kind="wsd", warmup_tokens=900), r"give train.schedule.warmup_tokens=100$"),
         (ScheduleConfig(kind="wsd", decay_tokens=-1), "decay_tokens"),
         (ScheduleConfig(decay_tokens=10), "kind wsd only"),
         (ScheduleConfig(min_ratio=1.5), "min_ratio: must be between 0 and 1, got 1.5"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import threading
@@ -31,6 +30,7 @@ from lmtrain.errors import EXIT_DATA, EXIT_DONE, EXIT_INTERNAL, EXIT_STOPPED, EX
 from lmtrain.pretrain import schedule_command
 from lmtrain.pretrain.log import settle_log
 from lmtrain.train.loop import Trainer
+from lmtrain.train.metrics import read_metrics
 from lmtrain.train.mixture import Mixture
 from lmtrain.train.request_file import RequestFile
 from tests.small_run import STEPS, before_step, checkpoint, column, copy_until, rows, train, trajectory, words
@@ -93,6 +93,12 @@ def test_requests_are_answered_and_training_goes_on(asked: Path) -> None:
         last["source_epochs.lists"] * 44 / (last["source_tokens.lists"] / 32)
     )
     assert any(row.get("source_loss.more", 0) > 0 for row in rows(asked))
+
+
+def test_a_new_source_is_scored_like_the_others(asked: Path) -> None:
+    last = [row for row in read_metrics(asked / "metrics.jsonl") if row["kind"] == "eval"][-1]
+    assert last["step"] == STEPS and last["heldout_bpb.more"] == last["heldout_bpb.lists"] != last["heldout_bpb.prose"]
+    assert min(last["heldout_bpb.prose"], last["heldout_bpb.lists"]) < last["heldout_bpb"]
 
 
 def test_a_replay_of_the_log_reads_the_same(asked: Path, small_recipe: Path, tmp_path: Path) -> None:
@@ -166,38 +172,6 @@ def test_a_crash_after_the_line_and_before_the_new_name_asks_once(
     assert Mixture._settle is settle
     assert train(words(small_recipe, run)).code == EXIT_DONE
     assert len(events(run)) == 2 and (run / "control" / "mix.applied-5.yaml").exists()
-
-
-def test_a_policy_is_not_asked_again_for_what_was_recorded(small_recipe: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    assert train(words(small_recipe, run, ODM, KEEP)).code == EXIT_DONE
-    made = events(run)
-    assert [event.step for event in made] == [0, *range(2, STEPS, 2)], made
-    assert {event.origin for event in made[1:]} == {"policy"} and len({str(event.weights) for event in made}) > 4
-    for step in (4, 8):
-        again = copy_until(run, tmp_path / f"from-{step}", step)
-        assert train(words(small_recipe, again, ODM, KEEP)).code == EXIT_DONE
-        assert events(again) == made and trajectory(again) == trajectory(run)
-    state = [json.loads((checkpoint(folder, 16) / "schedule.json").read_text()) for folder in (run, again)]
-    assert state[0] == state[1] and state[0]["policy"]["kind"] == "odm_exp3"
-
-
-def test_a_policy_keeps_to_the_mixture_in_force(
-    small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    before_step(monkeypatch, {3: drop(run, "mix.yaml", "weights: {lists: 0}\nat: 2560")})
-    assert train(words(small_recipe, run, ODM, KEEP)).code == EXIT_DONE
-    made = [event for event in events(run) if event.origin == "policy"]
-    assert {set(event.weights) == {"prose"} for event in made if event.first_block > 40} == {True}
-    assert {set(event.weights) == {"prose", "lists"} for event in made if event.first_block < 40} == {True}
-    # in a replay, a policy's events of later would undo what a person asks now
-    monkeypatch.undo()
-    again = copy_until(run, tmp_path / "again", 4)
-    before_step(monkeypatch, {5: drop(again, "mix.yaml", "weights: {lists: 0.2}")})
-    outcome = train(words(small_recipe, again, ODM, KEEP))
-    assert outcome.code == EXIT_DONE and trajectory(again) == trajectory(run)
-    assert "later mixtures of the policy" in outcome.out and (again / "control" / "mix.rejected-5.yaml").exists()
 
 
 def test_no_request_ends_a_run(small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +319,11 @@ def test_the_command_changes_a_run_that_stands(
     shown = capsys.readouterr().out
     assert "user    from token 1,536 on: lists 0.75, prose 0.25 (made after step 6): because" in shown
     assert "from token 2,048 on: skips 1,024 tokens" in shown
-    assert f"{1536:16,}  {'a' * 15 + 'b' * 45}" in shown and "a: prose  b: lists" in shown
+    bars = [f"{0:16,}  {'a' * 42 + 'b' * 18}", f"{1536:16,}  {'a' * 15 + 'b' * 45}"]
+    assert (
+        f"{bars[0]}\n{'':16}  the same up to 1,365\n{bars[1]}\n{'':16}  the same up to 3,925\n" in shown
+        and "a: prose  b: lists" in shown
+    )
     assert train(words(small_recipe, run)).code == EXIT_DONE
     assert [event.first_block for event in events(run)] == [0, 24, 32]
     assert schedule("skip", run, "tokens=1") != EXIT_DONE

@@ -41,9 +41,10 @@ def test_a_lock_that_cannot_be_opened_is_no_live_run(tmp_path: Path) -> None:
 
 
 def test_a_request_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(schedule_command, "_admitted", lambda run, request: None)
+    monkeypatch.setattr(schedule_command, "_admitted", lambda run, request: (None, ["WARNING: often"]))
     run = Run(tmp_path, None, None)  # type: ignore[arg-type]
-    assert "written" in schedule_command._ask(run, None, "skip: 1\n")  # type: ignore[arg-type]
+    said = schedule_command._ask(run, None, "skip: 1\n")  # type: ignore[arg-type]
+    assert "written" in said and said.startswith("WARNING: often\n")
     assert [path.name for path in (tmp_path / "control").iterdir()] == ["mix.yaml"]
     with pytest.raises(UsageError, match="is there already"):
         schedule_command._ask(run, None, "skip: 2\n")  # type: ignore[arg-type]

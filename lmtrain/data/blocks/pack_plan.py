@@ -17,6 +17,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from lmtrain.data.blocks.best_fit import best_fit, cut
+from lmtrain.data.store.arrays import write_array
 from lmtrain.data.store.pieces import PieceCheck, digests
 from lmtrain.data.store.store import Store, sync_folder
 from lmtrain.errors import DataError, StorageError
@@ -98,6 +99,12 @@ class PackPlan:
         first, stop = self._read("blocks", p, p + 2).tolist()
         return self._read("starts", first, stop), self._read("lengths", first, stop)
 
+    @property
+    def digest(self) -> str:
+        """xxh3-128, hex, of what the plan says: which pieces lie in which block of which store."""
+        content = [self.header.borders, *(self.header.digests[name] for name in ARRAYS)]
+        return xxhash.xxh3_128_hexdigest(json.dumps(content).encode())
+
     def verify(self) -> None:
         """Compare all of it with its digests."""
         for check in self._checks.values():
@@ -151,7 +158,7 @@ def write_plan(store: Store, length: int) -> PlanHeader:
         arrays: dict[str, NDArray[np.integer]] = {"blocks": blocks, "starts": starts[order], "lengths": lengths[order]}
         for name, kind in ARRAYS.items():
             with open(partial / f"{name}.npy", "wb") as file:
-                np.save(file, arrays[name].astype(kind), allow_pickle=False)
+                write_array(file, arrays[name].astype(kind))
                 file.flush()
                 os.fsync(file.fileno())
         header = PlanHeader(
@@ -173,5 +180,6 @@ def write_plan(store: Store, length: int) -> PlanHeader:
         os.replace(partial, folder)
         sync_folder(folder.parent)
     except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
         raise StorageError(f"{error.filename or folder}: {error.strerror or error}") from error
     return header

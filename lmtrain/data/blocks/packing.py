@@ -8,12 +8,13 @@ and a document of at most L + 1 tokens is never cut. Each piece is a document of
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lmtrain.data.blocks.best_fit import num_pieces
-from lmtrain.data.blocks.blocks import Block
+from lmtrain.data.blocks.blocks import Block, Blocks
 from lmtrain.data.blocks.pack_plan import PackPlan
 from lmtrain.data.store.store import Store
 from lmtrain.errors import DataError
@@ -64,10 +65,15 @@ class BestFitBlocks(_PackedBlocks):
     def __init__(self, store: Store, length: int) -> None:
         super().__init__(store, length)
         self._plan = PackPlan.open(store, length)
-        self.num_blocks = self._plan.num_blocks
+        self.num_blocks, self.plan_digest = self._plan.num_blocks, self._plan.digest
 
     def pieces(self, p: int) -> Pieces:
         return self._plan.block(p)
+
+
+def plan_digests(blocks: Mapping[str, Blocks]) -> dict[str, str]:
+    """The digests of the plans that the sources are read by, by name."""
+    return {name: each.plan_digest for name, each in blocks.items() if isinstance(each, BestFitBlocks)}
 
 
 class UnpackedBlocks(_PackedBlocks):

@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 import lmtrain
+from lmtrain.data.counted import counted
 from lmtrain.data.ingest.assembly import join, shuffle
 from lmtrain.data.ingest.encoding import (
     NEAR_HELDOUT,
@@ -43,6 +43,7 @@ from lmtrain.data.ingest.survey import survey
 from lmtrain.data.ingest.tokenizer_training import make_tokenizer, to_train
 from lmtrain.data.processes import Workers
 from lmtrain.data.progress import Progress
+from lmtrain.data.store.arrays import write_array
 from lmtrain.data.store.manifest import HeldoutEntry, Manifest, TokenizerEntry, file_digest, file_entries
 from lmtrain.data.store.store import sync_folder
 from lmtrain.data.tokenizer import Tokenizer
@@ -50,6 +51,8 @@ from lmtrain.errors import DataError, StorageError, UsageError
 
 PIPELINE_VERSION = 2
 """Raised whenever equal inputs would give another output."""
+WORK_VERSION = 2
+"""Raised whenever the files of unfinished work hold something else."""
 TOKENIZER_BYTES = 1 << 28
 """Text a tokenizer is trained on, at most; a share of every source, chosen by the hash of the text."""
 SAMPLE, SAMPLE_LENGTH = 1000, 2000
@@ -110,15 +113,15 @@ def prepare(cfg: PrepareConfig) -> tuple[dict[str, Manifest], bool]:
 def _work(out: Path, inputs: str | None) -> Path:
     """The folder for what is unfinished: an earlier run's, if made from the same ``inputs``; None: nothing is."""
     work = out / ".partial"
-    note = work / "inputs"
-    if note.is_file() and note.read_text(encoding="utf-8") == inputs:
+    note, mark = work / "inputs", f"{inputs} {WORK_VERSION}"
+    if inputs is not None and note.is_file() and note.read_text(encoding="utf-8") == mark:
         log.info("%s: going on where an earlier run stopped", work)
         return work
     shutil.rmtree(work, ignore_errors=True)
     if inputs is not None:
         work.mkdir()
         with made_durably(note) as file:
-            file.write(inputs.encode())
+            file.write(mark.encode())
     return work
 
 
@@ -224,7 +227,8 @@ def _build_with(workers: Workers, cfg: PrepareConfig, work: Path, inputs: str) -
         if cfg.heldout and not selection.hashes:
             log.warning("%s: nothing held out (%s); raise heldout, or give more documents", name, _counts(selection))
     tokenizer = make_tokenizer(cfg.tokenizer, cfg.eod, _marks(cfg), _training_text(cfg, selections), work)
-    np.save(work / "heldout.npy", known)
+    with made_durably(work / "heldout.npy") as file:
+        write_array(file, known)
     encoder = Encoder(_encoder_settings(cfg, work, selections, tokenizer), tokenizer)
     paths = _encode(cfg, work, selections, encoder, workers)
     return {name: _assemble(cfg, name, work, inputs, selections[name], tokenizer, paths[name]) for name in cfg.sources}
@@ -321,6 +325,7 @@ def _assemble(
             {"step": "read", "documents": len(selection.verdicts)},
             *({"step": step, "removed": count} for step, count in selection.removed.items()),
             *([{"step": "evaluations", "found": selection.found}] if selection.found else []),
+            *([{"step": "heldout", **selection.ids._asdict()}] if selection.ids.of else []),
             {"step": NEAR_HELDOUT, "removed": counts.near, "words": SHINGLE, "threshold": THRESHOLD},
             *([{"step": "fim", "documents": counts.rearranged, "seed": cfg.seed}] if options.fim_rate else []),
             {"step": "round_trip", "documents": counts.checked, "differ": counts.differ},
@@ -333,10 +338,9 @@ def _assemble(
 
 
 def _counts(selection: Selection) -> str:
-    number = len(selection.verdicts)
-    unit = "document" if number == 1 else "documents"
-    parts = {unit: number, **selection.removed, "held out": len(selection.hashes)}
-    return ", ".join(f"{count} {step}" for step, count in parts.items())
+    parts = {**selection.removed, "held out": len(selection.hashes)}
+    reasons = [f"{count:,} {step}" for step, count in parts.items()]
+    return ", ".join([counted(len(selection.verdicts), "document"), *reasons])
 
 
 def _publish(out: Path, work: Path, manifests: Mapping[str, Manifest]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +25,19 @@ VERDICTS = (
 """What may be decided about a document; the numbers above, the rules of quality from QUALITY on."""
 
 
+class Ids(NamedTuple):
+    """How many ids of documents are held out, of how many."""
+
+    ids: int
+    of: int
+
+
 @dataclass(frozen=True)
 class Selection:
     """Of one source. verdicts: uint8 ``[documents]``. digests: uint64 ``[documents, 2]``, of the normalised texts.
     because: of a near-duplicate and of a contaminated document, by number, what it was left out for.
-    found: evaluation file -> its texts that were found. train_bytes: UTF-8 bytes on the training side.
+    found: evaluation file -> its texts that were found. train_bytes: UTF-8 bytes on the training side. ids: of those
+    documents on either side that have one.
     """
 
     verdicts: NDArray[np.uint8]
@@ -36,6 +45,7 @@ class Selection:
     because: dict[int, str]
     found: dict[str, int]
     train_bytes: int
+    ids: Ids
 
     @property
     def hashes(self) -> list[str]:
@@ -85,10 +95,15 @@ def select(facts: Mapping[str, Facts], evaluations: Evaluations) -> tuple[dict[s
             because[int(i)] = f"document {earlier[start + i] - starts[source]} of {list(facts)[source]}"
         selections[name] = Selection(
             own, part.rows["digest"], because, evaluations.by_file(part.evaluations),
-            int(part.rows["bytes"][own == TRAIN].sum()),
+            int(part.rows["bytes"][own == TRAIN].sum()), _ids(part.rows["id"], own),
         )  # fmt: skip
         shingles.append(part.shingles[np.repeat(own == HELDOUT, part.rows["shingles"])])
     return selections, np.unique(np.concatenate(shingles))
+
+
+def _ids(ids: NDArray[np.uint64], verdicts: NDArray[np.uint8]) -> Ids:
+    heldout, kept = (int(np.count_nonzero(np.unique(ids[side]))) for side in (verdicts == HELDOUT, verdicts <= HELDOUT))
+    return Ids(heldout, kept)
 
 
 def _near_duplicates(facts: Mapping[str, Facts], verdicts: NDArray[np.uint8]) -> NDArray[np.int64]:

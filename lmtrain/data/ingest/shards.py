@@ -52,11 +52,17 @@ def run_pass(
 
 @contextmanager
 def made_durably(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears under its name when it is whole and on disk."""
+    """A file to write that appears under its name when it is whole and on disk; an OSError names it."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-    sync_folder(path.parent)
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except BaseException as error:
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise

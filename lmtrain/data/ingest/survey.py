@@ -20,7 +20,7 @@ from lmtrain.data.ingest.filters.exact import text_digest
 from lmtrain.data.ingest.filters.quality import RULES, broken_rule
 from lmtrain.data.ingest.filters.words import Hashes, Runs, runs_of, words_of
 from lmtrain.data.ingest.overlap import shingles
-from lmtrain.data.ingest.reading import Chunk, Document, SourceOptions, total_bytes
+from lmtrain.data.ingest.reading import Chunk, SourceOptions, total_bytes
 from lmtrain.data.ingest.shards import made_durably, run_pass
 from lmtrain.data.processes import Workers
 from lmtrain.data.progress import Progress
@@ -31,6 +31,7 @@ MAX_HELDOUT_BYTES = 50_000
 ROW = np.dtype(
     [
         ("digest", np.uint64, 2),  # of the normalised text
+        ("id", np.uint64),  # hash of the document's id, 0: it has none
         ("bytes", np.int64),  # UTF-8
         ("empty", np.bool_),
         ("chosen", np.bool_),  # for the held-out side, by the hash of id or text
@@ -69,7 +70,11 @@ class Surveyor:
         rows["bytes"] = [len(text.encode()) for text in texts]
         rows["empty"] = [not text or text.isspace() for text in texts]
         rows["train_only"] = [document.train_only for document in documents]
-        rows["chosen"] = list(map(self._chosen, documents, digests))
+        rows["id"] = [0 if each.id is None else xxhash.xxh3_64_intdigest(each.id.encode()) for each in documents]
+        # Without the source's name: what two sources know under one id falls on the same side.
+        by_text = np.array([xxhash.xxh3_64_intdigest(digest) for digest in digests], dtype=np.uint64)
+        drawn = np.where(rows["id"] != 0, rows["id"], by_text).tolist()
+        rows["chosen"] = [number < self.heldout * 2**64 for number in drawn]
         rows["rule"] = rows["evaluation"] = -1
         if options.quality:
             broken = [broken_rule(text) for text in texts]
@@ -94,11 +99,6 @@ class Surveyor:
                 row["evaluation"] = hits[0]
                 found.append(hits)
         return np.unique(np.concatenate(found))
-
-    def _chosen(self, document: Document, digest: bytes) -> bool:
-        # Without the source's name: what two sources know under one id falls on the same side.
-        key = digest if document.id is None else document.id.encode()
-        return xxhash.xxh3_64_intdigest(key) < self.heldout * 2**64
 
 
 def survey(

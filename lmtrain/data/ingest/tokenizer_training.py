@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -95,9 +94,8 @@ def train_bpe(
         show_progress=False,
     )
     engine.train_from_iterator(texts, trainer)
-    partial = f"{path}.partial"
-    engine.save(partial)
-    os.replace(partial, path)
+    with made_durably(Path(path)) as file:  # the engine's own save would say neither which file nor why
+        file.write(engine.to_str(pretty=True).encode())
     return Tokenizer.load(path, eod)
 
 
@@ -122,9 +120,8 @@ def train_sentencepiece(
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
         raise DataError(f"tokenizer=train-sp:{vocab_size}: sentencepiece cannot train it: {reason}") from None
-    partial = Path(f"{path}.partial")
-    partial.write_bytes(model.getvalue())
-    os.replace(partial, path)
+    with made_durably(Path(path)) as file:
+        file.write(model.getvalue())
     return Tokenizer.load(path, eod)
 
 

@@ -1,59 +1,67 @@
 """What a person asks of a running mixture: ``control/mix.yaml``, or the words of launch/schedule.py; made an event.
 
-YAML of one form: keys with a text or with one level of ``{name: text}``; a text is never taken for a date or a bool.
+Its text is read as in request_text.py: a text is never taken for a date or a bool.
 
 weights: {code: 0.3}      # shares of the blocks; sources that are not named keep their proportions to one another
 skip: 2e6                 # tokens to pass over unread, rounded up to whole blocks
-add: {news: data/news/news}    # new sources; read once they get a share
+add: {news: data/news/news, recall: lmtrain.eval.probes.mqar:mqar}    # new sources; read once they get a share
+arguments: {recall.pairs: 4, recall.length: 64}    # of a source that is a function: SOURCE.ARGUMENT
 at: 40e6                  # tokens of the run at which it takes effect, or +20e6 from now; default: at once
 reason: less code         # kept in the log
 """
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lmtrain.data.catalog import added_source, is_function
+from lmtrain.data.order.request_text import Given, pairs_of, shown
 from lmtrain.data.order.sampler import Sampler
-from lmtrain.data.order.schedule import AddedSource, Event
+from lmtrain.data.order.schedule import Event
 from lmtrain.data.order.weights import integer_weights
-from lmtrain.data.sources import content_digest
 from lmtrain.errors import UsageError, nearest
 
 SCALES = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
-MAX_LENGTH = 1 << 16
-"""Characters of a request."""
 MAX_SHARE = 1e9
-Given = str | dict[str, str]
-"""The value of a key, as it is written."""
+Value = int | float | str | bool
+"""Of a function's argument."""
 
 
 @dataclass(frozen=True)
 class MixRequest:
-    """weights: shares by source. skip: tokens. add: paths by name. at: tokens, and whether they count from now."""
+    """weights: shares by source. skip: tokens. add: paths, or functions (package.module:function), by name. at: tokens,
+    and whether they count from now. arguments: of the functions, by source and argument.
+    """
 
     weights: dict[str, float] = field(default_factory=dict)
     skip: int = 0
     add: dict[str, str] = field(default_factory=dict)
     at: tuple[int, bool] | None = None
     reason: str = ""
+    arguments: dict[str, dict[str, Value]] = field(default_factory=dict)
 
     @classmethod
     def parse(cls, text: str) -> MixRequest:
         """Raises UsageError, naming the key, for what is not a request."""
-        given = _read(text)
+        given = pairs_of(text, READ)
         for key in given:
             if key not in READ:
-                raise UsageError(f"{_shown(key)}: unknown key{nearest(key, READ)}")
+                raise UsageError(f"{shown(key)}: unknown key{nearest(key, READ)}")
         request = cls(**{key: READ[key](key, value) for key, value in given.items()})
         if not (request.weights or request.skip or request.add):
             raise UsageError("nothing to do: give weights, skip or add")
+        functions = [name for name, where in request.add.items() if is_function(where)]
+        for name in request.arguments:
+            if name not in functions:
+                raise UsageError(
+                    f"arguments.{shown(name)}: add names no function of that name{nearest(name, functions)}"
+                )
         return request
 
     def event(self, sampler: Sampler, *, block_tokens: int, earliest: int, end: int, now: int, step: int) -> Event:
@@ -65,7 +73,7 @@ class MixRequest:
         first = earliest
         if self.at is not None:
             tokens = self.at[0] + (now if self.at[1] else 0)
-            first = -(-tokens // block_tokens)
+            first = sampler.next_change(-(-tokens // block_tokens))
             if first < earliest:
                 raise UsageError(
                     f"at: {tokens:,} tokens is too early; the first that can still change are at "
@@ -86,7 +94,7 @@ class MixRequest:
             raise UsageError(
                 f"skip: {skip * block_tokens:,} tokens are more than the run reads in all, {end * block_tokens:,}"
             )
-        sources = {name: AddedSource(path, content_digest(path)) for name, path in self.add.items()}
+        sources = {name: added_source(name, where, self.arguments.get(name, {})) for name, where in self.add.items()}
         shares = sampler.shares(first) | dict.fromkeys(sources, 0.0)
         weights = integer_weights(mixed(shares, self.weights)) if self.weights else {}
         return Event(first, "user", self.reason, weights, skip, sources, step)
@@ -99,7 +107,7 @@ def mixed(shares: Mapping[str, float], wanted: Mapping[str, float]) -> dict[str,
     """
     for name, share in wanted.items():
         if name not in shares:
-            raise UsageError(f"weights.{_shown(name)}: no source of this run{nearest(name, shares)}")
+            raise UsageError(f"weights.{shown(name)}: no source of this run{nearest(name, shares)}")
         if not 0 <= share <= MAX_SHARE:
             raise UsageError(f"weights.{name}: expected a share from 0 to {MAX_SHARE:g}, got {share}")
     others = {name: share for name, share in shares.items() if name not in wanted and share > 0}
@@ -143,17 +151,42 @@ def _shares(key: str, value: Given) -> dict[str, float]:
         try:
             shares[name] = float(share)
         except ValueError:
-            raise UsageError(f"{key}.{_shown(name)}: expected a share, got {reprlib.repr(share)}") from None
+            raise UsageError(f"{key}.{shown(name)}: expected a share, got {reprlib.repr(share)}") from None
     return shares
 
 
-def _paths(key: str, value: Given) -> dict[str, str]:
-    """Absolute: other processes, and later attempts, may have another working folder."""
-    paths = _mapping(key, value)
-    for name, path in paths.items():
-        if not path or not path.isprintable():
-            raise UsageError(f"{key}.{_shown(name)}: expected a path, got {reprlib.repr(path)}")
-    return {name: str(Path(path).absolute()) for name, path in paths.items()}
+def located(where: str) -> str:
+    """A function as it is, a path absolute: other processes, and later attempts, may have another working folder."""
+    return where if is_function(where) else str(Path(where).absolute())
+
+
+def _places(key: str, value: Given) -> dict[str, str]:
+    places = _mapping(key, value)
+    for name, where in places.items():
+        if not where or not where.isprintable():
+            raise UsageError(
+                f"{key}.{shown(name)}: expected a path or package.module:function, got {reprlib.repr(where)}"
+            )
+    return {name: located(where) for name, where in places.items()}
+
+
+def _arguments(key: str, value: Given) -> dict[str, dict[str, Value]]:
+    arguments: dict[str, dict[str, Value]] = {}
+    for name, text in _mapping(key, value).items():
+        source, _, argument = name.partition(".")
+        if not (source.isidentifier() and argument.isidentifier()):
+            raise UsageError(f"{key}: expected {{SOURCE.ARGUMENT: value}}, got {reprlib.repr(name)}")
+        arguments.setdefault(source, {})[argument] = _value(text)
+    return arguments
+
+
+def _value(text: str) -> Value:
+    """A number or true or false, written as in JSON; else the text itself."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return value if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)) else text
 
 
 def _mapping(key: str, value: Given) -> dict[str, str]:
@@ -168,62 +201,11 @@ def _text(key: str, value: Given) -> str:
     return value
 
 
-def _shown(name: str) -> str:
-    """For a message of one line."""
-    return name if name.isidentifier() else reprlib.repr(name)
-
-
-def _read(text: str) -> dict[str, Given]:
-    """The keys of ``text`` and their values. Raises UsageError for anything else, before it costs time or memory."""
-    if len(text) > MAX_LENGTH:
-        raise UsageError(f"expected at most {MAX_LENGTH:,} characters, got {len(text):,}")
-    events = _events(text)
-    first = next(event for event in events if not isinstance(event, (yaml.StreamStartEvent, yaml.DocumentStartEvent)))
-    if not isinstance(first, yaml.MappingStartEvent):
-        raise UsageError(f"expected keys ({', '.join(READ)}) and values, got {reprlib.repr(text)}")
-    pairs = _pairs(events, nested=False)
-    if not isinstance(next(events), yaml.DocumentEndEvent) or not isinstance(next(events), yaml.StreamEndEvent):
-        raise UsageError("expected one YAML document, got more")
-    return pairs
-
-
-def _events(text: str) -> Iterator[Any]:
-    """Of the parser, which unlike yaml.load neither nests calls, follows aliases nor makes values of what it reads."""
-    try:
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
-            if getattr(event, "tag", None) or getattr(event, "anchor", None):
-                line = event.start_mark.line + 1 if event.start_mark else 0
-                raise UsageError(f"line {line}: YAML tags, anchors and aliases are not read here")
-            yield event
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # chr() and int() of escapes and directives
-        raise UsageError(f"not YAML: {' '.join(str(error).split())}") from None
-
-
-def _place(event: Any) -> str:
-    return f"line {event.start_mark.line + 1}"
-
-
-def _pairs(events: Iterator[Any], *, nested: bool) -> dict[str, Any]:
-    """The mapping that has begun."""
-    pairs: dict[str, Any] = {}
-    while not isinstance(key := next(events), yaml.MappingEndEvent):
-        value = next(events) if isinstance(key, yaml.ScalarEvent) else key
-        if isinstance(value, yaml.ScalarEvent):
-            read: Any = value.value
-        elif isinstance(value, yaml.MappingStartEvent) and value is not key and not nested:
-            read = _pairs(events, nested=True)
-        else:
-            raise UsageError(f"{_place(value)}: expected KEY: TEXT or KEY: {{NAME: TEXT}}, got a list or deeper levels")
-        if key.value in pairs:
-            raise UsageError(f"{_place(key)}: {_shown(key.value)} is given twice")
-        pairs[key.value] = read
-    return pairs
-
-
 READ: dict[str, Callable[[str, Any], Any]] = {
     "weights": _shares,
     "skip": tokens_of,
-    "add": _paths,
+    "add": _places,
+    "arguments": _arguments,
     "at": _at,
     "reason": _text,
 }

@@ -85,6 +85,10 @@ class Sampler:
         trial._events, trial._stages = list(self._events), list(self._stages)
         return trial
 
+    def next_change(self, k: int) -> int:
+        """The first block from ``k`` on at which an event may take effect."""
+        return k
+
     def get(self, ks: Indices) -> tuple[NDArray[np.int32], Indices, Indices]:
         """source ids int32, window indices int64 and epochs int64 ``[n]`` of the samples ``ks`` int64 ``[n]``."""
         ks = np.asarray(ks, dtype=np.int64)

@@ -17,7 +17,7 @@ from lmtrain.data.order.weights import integer_weights
 from lmtrain.data.store.store import sync_folder
 from lmtrain.errors import DataError, StorageError, UsageError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 ORDER_VERSION = 1
 """Which order sample k is computed by; any change of word, permutation or keys must raise it."""
 
@@ -26,10 +26,25 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class AddedSource:
-    """A source that came during the run. digest: of what names its content (``sources.content_digest``), hex."""
+    """A source that came during the run: the folder or store at ``path``, or the function ``synthetic`` with its
+    ``arguments``. digest: of what names its content (``sources.content_digest``), or of the first documents that the
+    function makes (``DocumentFunction.digest``), hex.
+    """
 
-    path: str
+    path: str | None
     digest: str
+    synthetic: str | None = None
+    arguments: dict[str, int | float | str | bool] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.synthetic is None):
+            raise ValueError("an added source has a path or is synthetic, one of them")
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, in words."""
+        given = ", ".join(f"{name}={value}" for name, value in self.arguments.items())
+        return self.path or f"{self.synthetic}({given})"
 
 
 @dataclass(frozen=True)

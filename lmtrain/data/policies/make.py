@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from lmtrain.data.counted import counted
 from lmtrain.data.policies.ado import Ado
 from lmtrain.data.policies.config import Kind, PolicyConfig
 from lmtrain.data.policies.excess import Excess
@@ -34,8 +35,8 @@ def make(cfg: PolicyConfig, weights: Mapping[str, float], run: Run) -> MixPolicy
     kind = POLICIES[cfg.kind]
     if kind.adapts and cfg.floor * len(first) > 1:
         raise UsageError(
-            f"data.policy.floor: {cfg.floor:g} for each of {len(first)} sources is more than the whole; at most "
-            f"{1 / len(first):.4g}"
+            f"data.policy.floor: {cfg.floor:g} for each of {counted(len(first), 'source')} is more than the whole; "
+            f"at most {1 / len(first):.4g}"
         )
     policy = kind(cfg, first, run)
     return Limited(policy, cfg, run) if kind.adapts else policy

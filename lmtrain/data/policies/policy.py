@@ -78,6 +78,13 @@ class MixPolicy(ABC):
         """Tokens the whole run will read by source, where the policy decides that in advance; else None."""
         return None
 
+    def ahead(self, done: int) -> list[tuple[int, dict[str, float]]] | None:
+        """The mixtures it will propose, where it decides that in advance; else None.
+
+        Each as shares, with the tokens of the run at which it begins: all more than ``done``, rising.
+        """
+        return None
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """All that was learnt, as JSON."""

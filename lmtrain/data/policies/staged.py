@@ -12,6 +12,9 @@ from lmtrain.data.policies.config import PolicyConfig
 from lmtrain.data.policies.policy import MixPolicy, Progress, Run, shares
 from lmtrain.errors import UsageError, nearest
 
+RAMP_PARTS = 64
+"""Parts of a ramp, each foreseen at its mean."""
+
 
 class Staged(MixPolicy):
     """The mixture is a function of the tokens read; nothing is learnt.
@@ -76,6 +79,23 @@ class Staged(MixPolicy):
             for name in read:  # both ramps are as often above the straight line as below: the mean is exact
                 read[name] += (end - start) * (at_start.get(name, 0.0) + at_end.get(name, 0.0)) / 2
         return read
+
+    def ahead(self, done: int) -> list[tuple[int, dict[str, float]]]:
+        changes = []
+        before = self.mixture(done)
+        for stage, start in enumerate(self._starts):
+            ramp = self._interpolation != "step" and stage + 1 < len(self._starts)
+            end = self._starts[stage + 1] if ramp else start
+            for part in range(RAMP_PARTS if ramp else 1):
+                begins = start + (end - start) * part // RAMP_PARTS
+                ends = start + (end - start) * (part + 1) // RAMP_PARTS
+                if ramp and begins <= done < ends:
+                    begins = done + 1
+                mixture = self.mixture((begins + ends) / 2)
+                if begins > done and mixture != before:
+                    changes.append((begins, mixture))
+                    before = mixture
+        return changes
 
     def state_dict(self) -> dict[str, Any]:
         return {}

@@ -31,6 +31,9 @@ class Static(MixPolicy):
     def plan(self) -> dict[str, float]:
         return {name: share * self._total for name, share in self.first.items()}
 
+    def ahead(self, done: int) -> list[tuple[int, dict[str, float]]]:
+        return []
+
     def state_dict(self) -> dict[str, Any]:
         return {}
 

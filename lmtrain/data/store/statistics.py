@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.counted import counted
 from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError
@@ -60,7 +61,8 @@ class Statistics:
         shown = " ".join(map(str, unused[:SHOWN_IDS])) + (" ..." if len(unused) > SHOWN_IDS else "")
         sampled = f" (of the first {SAMPLE_TOKENS:,} tokens)" if self.sampled else ""
         lines = [
-            f"{self.documents.sum():,} documents ({self.documents[0]:,} empty), {self.tokens.sum():,} tokens",
+            f"{counted(int(self.documents.sum()), 'document')} ({self.documents[0]:,} empty), "
+            f"{counted(int(self.tokens.sum()), 'token')}",
             f"{self.bytes_per_token:.2f} bytes per token{sampled}",
             f"{self.byte_share:.2%} of the tokens stand for less than a character",
             f"{len(unused):,} of {len(self.uses):,} ids are never used{': ' if len(unused) else ''}{shown}",
