@@ -83,6 +83,13 @@ MISTAKES = [
         WORLD_OF_3,
     ),
     Mistake(
+        "a kind that cannot be cut",
+        "model.branches.rnn.kind=lstm model.pattern=[ssm,rnn] mesh.sp=2",
+        EXIT_USAGE,
+        r"mesh\.sp=2: model\.branches\.rnn \(lstm\) .* whole rows; use mesh\.sp=1 mesh\.dp_shard=2",
+        {"WORLD_SIZE": "2"},
+    ),
+    Mistake(
         "batch over ranks", "", EXIT_USAGE, r"batch_tokens: 256 do not divide over 3 data-parallel ranks", WORLD_OF_3
     ),
     Mistake(
@@ -396,4 +403,19 @@ def test_a_dry_run_needs_no_data_and_says_what_is_missing(small_recipe: Path, tm
     )
     facts = json.loads(train([*argv, "json=true", "data.tokenizer=no.json"]).out)
     assert len(facts["missing"]) == 2 and facts["num_params"] is None and facts["steps"] == STEPS
+    assert not (tmp_path / "run").exists()
+
+
+CUT = "mesh: {dp_replicate: 2, dp_shard: 2, sp: 2}\n"
+
+
+def test_a_dry_run_in_one_process_is_for_the_ranks_of_the_mesh(small_recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.yaml").write_text(CUT, encoding="utf-8")
+    argv = words(small_recipe, tmp_path / "run", f"cluster={tmp_path / 'cut.yaml'}")
+    facts = json.loads(train([*argv, "dry_run=true", "json=true"]).out)
+    assert facts["mesh"] == {"pp": 1, "dp_replicate": 2, "dp_shard": 2, "sp": 2, "tp": 1, "ep": 1}
+    assert_one_line(train(argv), r"multiply to 8 .*, but 1 process runs")
+    refused = train([*argv, "dry_run=true", "model.branches.rnn.kind=lstm", "model.pattern=[ssm,rnn]"])
+    assert (refused.code, refused.out) == (EXIT_USAGE, "")
+    assert_one_line(refused, r"mesh\.sp=2: model\.branches\.rnn \(lstm\) .*; use mesh\.sp=1 mesh\.dp_shard=4")
     assert not (tmp_path / "run").exists()

@@ -116,6 +116,16 @@ def test_a_run_of_one_source_shows_nothing_new(run_dir: Path) -> None:
     assert made is not None and [row[1] for row in made.sources.rows] == ["3,072", "0"]
 
 
+def test_a_policy_that_failed_is_told(run_dir: Path) -> None:
+    path = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    failed = next(row for row in rows if row["kind"] == "step")
+    failed["policy_error"] = "policy ado failed: KeyError"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    made = told(run_dir, BEGUN, EVEN)
+    assert made is not None and made.notes[-1] == f"Step {failed['step']}: policy ado failed: KeyError."
+
+
 @pytest.mark.parametrize(
     ("log", "remark"),
     [
