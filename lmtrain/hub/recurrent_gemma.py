@@ -1,10 +1,10 @@
 """RecurrentGemma: a mixer, recurrent (RG-LRU) or attention within a window, then a GEGLU with biases, in every layer.
 
 Facts of transformers 5.23: norms keep w - 1; the embedding is multiplied by the root of d_model rounded to bfloat16;
-logits are always capped; a mixer's output projection always has a bias; ``intermediate_size`` is twice the hidden
-width; one number of heads serves attention and the gates of the recurrence, whose cache has d_model channels. The cache
-needs an attention layer, and padding on the left is read as tokens: generate one sequence at a time, or several as long
-as each other.
+logits are always capped; a mixer's output projection always has a bias, zeros where attention has none here;
+``intermediate_size`` is twice the hidden width; one number of heads serves attention and the gates of the recurrence,
+whose cache has d_model channels. The cache needs an attention layer, and padding on the left is read as tokens:
+generate one sequence at a time, or several as long as each other.
 """
 
 from __future__ import annotations

@@ -49,6 +49,12 @@ def backends(row: Row) -> dict[str, str]:
     return {op: library.backend(op, *here()) if op in known else "reference" for op in row.ops}
 
 
+def known_backends(row: Row) -> str:
+    """All that its ops have, whatever is installed: op after op, best first."""
+    known = library.registered()
+    return "; ".join(", ".join(one.name for one in known[op]) if op in known else "reference" for op in row.ops)
+
+
 def classes(row: Row) -> list[str]:
     """Classes of transformers that have the kind. With which settings, in which order: ``lmtrain.hub.match``."""
     model = ModelConfig(D_MODEL, {row.kind: branch_class(row.kind).Config(**row.settings)}, row.kind)
@@ -67,11 +73,11 @@ def page(found: dict[str, Any]) -> str:
 
 def markdown(found: list[Row]) -> str:
     """The table of docs/models.md; the same on every machine."""
-    lines = ["| kind | what it is | op | over sp | parameters | FLOPs per token | state | in transformers |"]
-    lines.append("|---|---|---|---|---|---|---|---|")
+    lines = ["| kind | what it is | op | backends | over sp | parameters | FLOPs per token | state | in transformers |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in found:
-        cells = [f"`{row.kind}`", row.about.replace("``", "`"), ", ".join(row.ops), row.sp, *_sizes(asdict(row))]
-        lines.append(f"| {' | '.join([*cells, ', '.join(classes(row))])} |")
+        what = [f"`{row.kind}`", row.about.replace("``", "`"), ", ".join(row.ops), known_backends(row)]
+        lines.append(f"| {' | '.join([*what, row.sp, *_sizes(asdict(row)), ', '.join(classes(row))])} |")
     return "\n".join([*lines, "", _for_what()])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Generator, Tensor, nn
@@ -26,7 +26,8 @@ class ParamInfo:
 
     role: matrix, embedding, head, norm, bias, conv, decay or scalar. decay: weight decay applies. fp32: stays fp32 in
     mixed precision. fan_in, fan_out: for width-scaled learning rates. tp_dim, tp_units: the dim that tensor parallelism
-    would cut and the indivisible units (heads) along it. expert_dim: the dim that enumerates experts.
+    would cut and the indivisible units (heads) along it. expert_dim: the dim that enumerates experts. drawn_as: the
+    parameter of the same branch whose initial value it shares.
     """
 
     role: Literal["matrix", "embedding", "head", "norm", "bias", "conv", "decay", "scalar"]
@@ -39,6 +40,7 @@ class ParamInfo:
     tp_dim: int | None = None
     tp_units: int | None = None
     expert_dim: int | None = None
+    drawn_as: str | None = None
 
 
 def matrix(init: Init, fan_in: int, fan_out: int, *, rows: int | None = None, columns: int | None = None) -> ParamInfo:
@@ -50,7 +52,10 @@ def matrix(init: Init, fan_in: int, fan_out: int, *, rows: int | None = None, co
 
 def named(prefix: str, info: dict[str, ParamInfo]) -> dict[str, ParamInfo]:
     """What a sub-module says of its parameters, under the names they have in the branch."""
-    return {f"{prefix}.{name}": one for name, one in info.items()}
+    return {
+        f"{prefix}.{name}": replace(one, drawn_as=f"{prefix}.{one.drawn_as}") if one.drawn_as else one
+        for name, one in info.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,9 @@ class BranchConfig(Protocol):
 class Branch(nn.Module):
     """A residual branch: ``x + branch(norm(x))``; norm and residual belong to the block.
 
-    Subclasses import torch alone, know nothing of ranks, and keep neither state nor streams on themselves. The last
-    projection has no bias, since its output may be a partial sum. Head counts are read from shapes, not from settings.
-    Buffers start at 0 and are carried in checkpoints.
+    Subclasses import torch alone, know nothing of ranks, and keep neither state nor streams on themselves. Where the
+    output is a partial sum (tp), a bias of the last projection is to be added once. Head counts are read from shapes,
+    not from settings. Buffers start at 0 and are carried in checkpoints.
     """
 
     Config: ClassVar[type[Any]]

@@ -1,4 +1,5 @@
-"""Initial values: each parameter drawn whole, on the host, from a generator seeded by the run's seed and its name.
+"""Initial values: each parameter drawn whole, on the host, from a generator seeded by the run's seed and its name, or
+by the name of the parameter whose value it shares.
 
 So a parameter is the same at every world size, and adding a branch does not change the others.
 """
@@ -16,7 +17,7 @@ from lmtrain.model.branch import Init, ParamInfo
 
 def draw(name: str, info: ParamInfo, shape: tuple[int, ...], seed: int) -> Tensor:
     """The full initial value of parameter ``name``, fp32 on the host."""
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed}/{info.drawn_as or name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return info.init(shape, generator)
 

@@ -13,33 +13,26 @@ from collections.abc import Iterable
 import torch
 from torch import Generator, Tensor
 
-from lmtrain.model.branch import Init, ParamInfo, Place
+from lmtrain.model.branch import Init, ParamInfo
 from lmtrain.model.init import constant
 
 
 def mimetic(
-    info: dict[str, ParamInfo], length: int, place: Place, *, steps: str, taps: Iterable[str], biases: Iterable[str]
+    info: dict[str, ParamInfo], length: int, *, steps: str, taps: Iterable[str], biases: Iterable[str]
 ) -> dict[str, ParamInfo]:
-    """``info`` of a mixer with ``decay.{A_log,dt_bias}`` and ``{B,C}.weight``, with these initial values.
+    """``info`` of a mixer with ``decay.{A_log,dt_bias}`` and ``{B,C}.weight`` of one shape, with these initial values.
 
     steps: the projection that steps depend on the token by. taps and biases: of the convolutions.
     """
-    alike = same_draw(info["B.weight"].init, key=place.index)
     inits: dict[str, Init] = {
         "decay.A_log": constant(-math.log(length)),
         "decay.dt_bias": constant(math.log(math.expm1(1.0))),
         steps: constant(0.0),
-        "B.weight": alike,
-        "C.weight": alike,
         **dict.fromkeys(taps, own_token),
         **dict.fromkeys(biases, constant(0.0)),
     }
-    return info | {name: dataclasses.replace(info[name], init=init) for name, init in inits.items()}
-
-
-def same_draw(init: Init, key: int) -> Init:
-    """``init`` as drawn for this key: the same for every parameter of a shape, and for every seed of a run."""
-    return lambda shape, generator: init(shape, torch.Generator().manual_seed(key))
+    alike = {"C.weight": dataclasses.replace(info["B.weight"], drawn_as="B.weight")}
+    return info | alike | {name: dataclasses.replace(info[name], init=init) for name, init in inits.items()}
 
 
 def own_token(shape: tuple[int, ...], generator: Generator) -> Tensor:

@@ -57,7 +57,7 @@ BRANCHES: dict[str, Any] = {
     "attention": AttentionConfig(num_heads=2),
     "attention_grouped": AttentionConfig(num_heads=4, num_kv_heads=2, qk_norm=True, rope_theta=100.0),
     "attention_nope": AttentionConfig(num_heads=2, rope=False),
-    "attention_window": AttentionConfig(num_heads=4, num_kv_heads=2, window=5),
+    "attention_window": AttentionConfig(num_heads=4, num_kv_heads=2, window=5, bias="out"),
     "attention_sinks": AttentionConfig(num_heads=2, sinks=True, bias="all", rope_interleaved=True, window=5),
     "attention_gated": AttentionConfig(
         4,
@@ -111,7 +111,9 @@ BRANCHES: dict[str, Any] = {
     "moe_grouped": MoEConfig(
         6, 2, 8, num_shared=1, shared_gate=True, router="sigmoid", scale=2.5, num_groups=3, top_groups=2, balance="bias"
     ),
-    "moe_shared": MoEConfig(4, 1, 8, num_shared=1, router="sigmoid", balance="bias", activation="gelu"),
+    "moe_shared": MoEConfig(
+        4, 1, 8, num_shared=1, router="sigmoid", balance="bias", activation="gelu", normalise_weights=False
+    ),
 }
 VARIANTS = {name: f"2 * {name}" for name in BRANCHES} | {
     "hybrid": "mamba2_groups moe attention_window mamba2",
@@ -130,6 +132,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of the whole model, where a variant has any."""
 BLIND = {"attention_window_1"} | {name for name in BRANCHES if name.startswith(("mlp", "moe"))}
 """Variants in which a column sees only itself."""
+ROUTED = {"mom_alone"}
+"""Variants in which a column does not see the one before unless both chose the same memory."""
 SOFTMAX = [name for name in VARIANTS if name.startswith(("attention", "mla"))]
 
 ROWS, LENGTH = 4, 24
@@ -242,7 +246,7 @@ def check_influence(
         allowed = (distance >= 0) & (distance <= positions[:, t, None])
         assert not (reached & ~allowed).any(), f"column {t} is reached from {(reached & ~allowed).nonzero().tolist()}"
         assert reached[:, t].all()
-        if t and variant not in BLIND:
+        if t and variant not in BLIND | ROUTED:
             assert torch.equal(reached[:, t - 1], positions[:, t] > 0), f"column {t} does not see the one before"
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
 from lmtrain.model.branch import Branch, Place, State
 from lmtrain.model.context import LocalContext
 from lmtrain.model.mixers.rg_lru import RGLRU
+from lmtrain.ops.documents import Documents
 from tests.model.parity import Named, perturbed, random
 from tests.model.row_checks import BRANCHES, D_MODEL, documents
 
@@ -102,3 +104,25 @@ def test_gates_of_rg_lru_are_those_of_fp32() -> None:
     assert isinstance(exact, RGLRU) and isinstance(branch, RGLRU)
     for got, expected in zip(branch.gates(u, starts), exact.gates(u.float(), starts), strict=True):
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_deltanet", "kda"])
+def test_a_long_row_decays_as_in_fp32(name: str) -> None:
+    """By exp(-3) to exp(-6) over tokens of zeros: a step, or its product with the rate, that was rounded to bf16 would
+    be off by up to 2^-9 in the same direction at every token. What a row writes does not depend on its state."""
+    length, branch = 1024, build(name, rounded=True, dtype=torch.bfloat16)
+    A_log, dt_bias = (branch.get_parameter(f"decay.{each}") for each in ("A_log", "dt_bias"))
+    (kept,) = branch.state_shapes().keys() - TAILS
+    shape = branch.state_shapes()[kept]
+    docs = Documents.from_ids(torch.zeros(1, length, dtype=torch.int32), torch.tensor([1]))
+    x = torch.zeros(1, length, D_MODEL, dtype=torch.bfloat16)
+    before = 100 * random(1, *shape, dtype=torch.float32, seed=5)
+    with torch.no_grad():
+        dt_bias.copy_(torch.linspace(-3.1, -2.9, len(dt_bias)))  # steps of 0.044 to 0.054
+        A_log.copy_((torch.linspace(3, 6, len(A_log)) / (0.049 * length)).log())
+        after, written = (
+            branch(x, LocalContext(docs, carries=True), {kept: each}, {})[1][kept] for each in (before, 0 * before)
+        )
+        steps = F.softplus(dt_bias.double()).view(shape[0], -1)  # of heads, or of their key channels
+        decay = (-length * A_log.double().exp()[:, None] * steps).exp()[..., None]
+    torch.testing.assert_close((after - written).double(), decay * before, rtol=1e-4, atol=0)

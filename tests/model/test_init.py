@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.init import draw, normal
 from lmtrain.model.language_model import LanguageModel
 from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.mamba import MambaConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 
 D_MODEL, VOCAB = 64, 512
@@ -118,6 +121,20 @@ def test_values_depend_on_name_and_seed_alone() -> None:
         torch.testing.assert_close(other[name], expected, rtol=0, atol=1e-7 if name in outputs else 0)
     again = initial(seed=1)
     assert all(torch.equal(again[name], one[name]) == (name in ONES) for name in one)
+
+
+@pytest.mark.parametrize("settings", [Mamba2Config(head_dim=16, mimetic_length=9), MambaConfig(mimetic_length=9)])
+@pytest.mark.parametrize("pattern", ["2 * ssm", "ssm + ssm"])
+def test_what_shares_a_value_shares_it_in_one_branch_of_one_seed(settings: Any, pattern: str) -> None:
+    """B and C of a mixer that starts as linear attention; another layer and another seed have others."""
+    cfg = ModelConfig(D_MODEL, {"ssm": settings}, pattern)
+    drawn = [initial(cfg, seed) for seed in (0, 1, 0)]
+    first, other, again = ({name: one[name] for name in one if name.endswith(".B.weight")} for one in drawn)
+    assert len(first) == 2
+    assert all(torch.equal(one[name], one[name.replace(".B.", ".C.")]) for one in drawn for name in first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    values = [*first.values(), *other.values()]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(values, 2))
 
 
 def test_a_drawn_value_is_fp32_and_of_its_name() -> None:

@@ -37,9 +37,9 @@ SIZES: dict[str, Any] = {"num_heads": HEADS, "head_dim": KEY_DIM, "value_dim": V
 
 
 def mixed(x: Tensor, matrix: Tensor, taps: Tensor) -> Tensor:
-    """The short convolution over the row of what the matrix gives, by head."""
+    """The short convolution over the tokens ``[T, D]`` of one memory of what the matrix gives, by head."""
     padded = F.pad(x @ matrix.T, (0, 0, taps.shape[1] - 1, 0))
-    y = sum(padded[:, tap : tap + x.shape[1]] * taps[:, tap] for tap in range(taps.shape[1]))
+    y = sum(padded[tap : tap + x.shape[0]] * taps[:, tap] for tap in range(taps.shape[1]))
     return F.silu(torch.as_tensor(y)).unflatten(-1, (HEADS, -1))
 
 
@@ -59,11 +59,10 @@ def gated_delta_rule(v: Tensor, q: Tensor, k: Tensor, beta: Tensor, g: Tensor) -
 
 
 def definition(cfg: MoMConfig, p: Named, x: Tensor) -> Tensor:
-    """Each memory runs over the list of its tokens, and over no other."""
+    """Each memory's convolutions and recurrence run over the list of its tokens, and over no other."""
     scores = (x @ p["router.weight"].T).softmax(-1)
     weights, chosen = scores.topk(cfg.top_k, dim=-1)
     weights = weights / weights.sum(-1, keepdim=True)
-    q = unit(mixed(x, p["q.weight"], p["q_conv.weight"])) / math.sqrt(KEY_DIM)
     rows = []
     for row in range(x.shape[0]):
         total = x.new_zeros(x.shape[1], HEADS, VALUE_DIM)
@@ -74,11 +73,13 @@ def definition(cfg: MoMConfig, p: Named, x: Tensor) -> Tensor:
                 weight = weights[row, tokens, slots]
             else:
                 tokens, weight = torch.arange(x.shape[1]), x.new_ones(x.shape[1])
-            k = unit(mixed(x, of["k"], p["k_conv.weight"]))[row, tokens]
-            v = mixed(x, of["v"], p["v_conv.weight"])[row, tokens]
-            beta = torch.sigmoid(x[row, tokens] @ of["beta"].T)
-            g = -p["decay.A_log"].exp() * F.softplus(x[row, tokens] @ of["a"].T + p["decay.dt_bias"])
-            y = gated_delta_rule(v, q[row, tokens], k, beta, g)
+            mine = x[row, tokens]
+            q = unit(mixed(mine, p["q.weight"], p["q_conv.weight"])) / math.sqrt(KEY_DIM)
+            k = unit(mixed(mine, of["k"], p["k_conv.weight"]))
+            v = mixed(mine, of["v"], p["v_conv.weight"])
+            beta = torch.sigmoid(mine @ of["beta"].T)
+            g = -p["decay.A_log"].exp() * F.softplus(mine @ of["a"].T + p["decay.dt_bias"])
+            y = gated_delta_rule(v, q, k, beta, g)
             total = total.index_add(0, tokens, weight[:, None, None] * y)
         rows.append(total)
     y = torch.stack(rows)
@@ -161,8 +162,11 @@ def test_a_document_starts_every_memory_anew() -> None:
 
 
 def test_a_token_does_not_reach_memories_that_it_does_not_use() -> None:
-    """Nor do their parameters get a gradient from it."""
+    """Not through taps of any size either; nor do their parameters get a gradient from it."""
     branch = by_hand()
+    with torch.no_grad():
+        for conv in (branch.q_conv, branch.k_conv, branch.v_conv):
+            conv.weight.copy_(random(*conv.weight.shape, dtype=torch.float64, seed=3))
     x = torch.tensor([[1.0, 1], [-1, 2], [1, 3]], dtype=torch.float64, requires_grad=True)
     states = after(branch, x, [0, 0, 0])
     for memory, users in enumerate(([0, 2], [1], [0, 1, 2])):
@@ -172,6 +176,48 @@ def test_a_token_does_not_reach_memories_that_it_does_not_use() -> None:
     y, _, _ = branch(x[None, :1], ctx, {}, {})
     idle = torch.autograd.grad(y.sum(), list(branch.memories[1].parameters()))
     assert all((grad == 0).all() for grad in idle)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_token_sees_those_that_use_its_memories(shared: bool) -> None:
+    """Through taps and decays of any size: the tokens before it, in its document, with a memory in common, and no
+    other."""
+    cfg = MoMConfig(num_memories=5, top_k=2, shared_memory=shared, aux_weight=0.0, **SIZES)
+    branch = perturbed(cfg, D_MODEL, torch.float64)
+    assert isinstance(branch, MoM)
+    x = random(1, 24, D_MODEL, dtype=torch.float64, seed=1).requires_grad_()
+    ids = torch.tensor([[0] * 9 + [1] * 15])
+    y, _, _ = branch(x, LocalContext(Documents.from_ids(ids)), {}, {})
+    used = best((x @ branch.get_parameter("router.weight").T).softmax(-1), cfg.top_k)[0].float()
+    common = torch.ones(24, 24, dtype=torch.bool) if shared else used @ used.T > 0
+    assert shared or not common.all()
+    expected = (common & (ids == ids.T)).tril()
+    scored = (y[0] * random(24, D_MODEL, dtype=torch.float64, seed=2)).sum(-1)
+    for t in range(24):
+        (grad,) = torch.autograd.grad(scored[t], x, retain_graph=True)
+        assert torch.equal((grad[0] != 0).any(-1), expected[t]), f"token {t}"
+
+
+def test_taps_reach_back_along_the_tokens_of_a_memory() -> None:
+    """Sides are + - + + -, taps 1/2 and 1: values are silu of c + a / 2, of e + b / 2, in all of d + c / 2."""
+    branch = by_hand()
+    with torch.no_grad():
+        branch.v_conv.weight[:, 0] = 0.5
+    side, size = torch.tensor([1.0, -1, 1, 1, -1]), torch.tensor([1.0, 2, 3, 4, 5])
+    x = torch.stack([side, size], dim=-1).double()
+
+    def halfway(*values: float) -> Tensor:
+        """The state after values, each of which it moves halfway to."""
+        state = x.new_zeros(())
+        for value in values:
+            state = (state + F.silu(torch.tensor(value).double())) / 2
+        return state
+
+    expected = torch.stack([halfway(1, 3.5, 5.5), halfway(2, 6), halfway(1, 2.5, 4, 5.5, 7)])
+    torch.testing.assert_close(after(branch, x, [0] * 5), expected, rtol=1e-9, atol=0)
+    # a document that starts at c: its first token in each memory has nothing before it
+    expected = torch.stack([halfway(3, 5.5), halfway(5), halfway(3, 5.5, 7)])
+    torch.testing.assert_close(after(branch, x, [0, 0, 1, 1, 1]), expected, rtol=1e-9, atol=0)
 
 
 def test_ties_use_the_first() -> None:

@@ -37,13 +37,11 @@ D_MODEL = 12
 
 
 def test_rg_lru_is_the_one_of_recurrent_gemma() -> None:
-    """But for the bias of its last projection, which it is without here."""
     width, heads = 18, 3
     peer_cfg = RecurrentGemmaConfig(
         hidden_size=D_MODEL, lru_width=width, num_attention_heads=heads, conv1d_width=4, num_hidden_layers=1
     )
     peer = RecurrentGemmaRecurrentBlock(peer_cfg, 0)
-    peer.linear_out.bias = None
 
     def packed(p: Named) -> Named:
         gates = {"recurrent": "rg_lru.recurrent_gate", "input": "rg_lru.input_gate"}
@@ -53,6 +51,7 @@ def test_rg_lru_is_the_one_of_recurrent_gemma() -> None:
             "linear_y.weight": p["gate.weight"],
             "linear_y.bias": p["gate.bias"],
             "linear_out.weight": p["o.weight"],
+            "linear_out.bias": p["o.bias"],
             "conv_1d.weight": p["conv.weight"][:, None],
             "conv_1d.bias": p["conv.bias"],
             "rg_lru.recurrent_param": p["gates.exact.Lambda"],
@@ -156,7 +155,7 @@ def test_initial_values_of_rg_lru() -> None:
     square = (-2 * F.softplus(drawn.pop("gates.exact.Lambda"))).exp()
     low, high = 0.9**2, 0.999**2
     assert_uniform(square - (low + high) / 2, (high - low) / 2)
-    assert len(drawn) == 5 and all((value == 0).all() for value in drawn.values())  # biases
+    assert len(drawn) == 6 and all((value == 0).all() for value in drawn.values())  # biases
 
 
 def test_initial_values_of_lrnn_and_lstm() -> None:

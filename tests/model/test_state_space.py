@@ -168,9 +168,8 @@ def test_mimetic_initial_values(make: Any) -> None:
         assert (drawn[name][:, :-1] == 0).all()
     assert torch.equal(drawn["B.weight"], drawn["C.weight"])
     assert_uniform(drawn["B.weight"], drawn["B.weight"].shape[1] ** -0.5)
-    assert not torch.equal(drawn["B.weight"], initial(make(mimetic_length=100), 64, Place(4, 9))["B.weight"])
     changed = {name for name in drawn if not torch.equal(drawn[name], usual[name])}
-    assert changed == {step, "B.weight", "C.weight", "decay.A_log", "decay.dt_bias", *convs, *biases}
+    assert changed == {step, "C.weight", "decay.A_log", "decay.dt_bias", *convs, *biases}
 
 
 @pytest.mark.parametrize(

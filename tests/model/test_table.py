@@ -15,7 +15,7 @@ from lmtrain.config.load import load
 from lmtrain.config.recipe import branch_kinds
 from lmtrain.hub.match import match
 from lmtrain.hub.table import HubClass
-from lmtrain.model.__main__ import BEGIN, END, PAGE, classes, markdown, page, survey, write
+from lmtrain.model.__main__ import BEGIN, END, PAGE, classes, known_backends, markdown, page, survey, write
 from lmtrain.model.branch import BRANCHES
 from lmtrain.model.table import SIZES, Row, rows
 
@@ -53,6 +53,12 @@ def test_sizes_are_given_where_there_is_no_default_and_nowhere_else() -> None:
 )
 def test_ops_are_those_the_branch_calls(found: dict[str, Row], kind: str, ops: list[str]) -> None:
     assert found[kind].ops == ops
+
+
+def test_backends_are_those_of_every_op_whatever_is_installed(found: dict[str, Row]) -> None:
+    assert known_backends(found["mamba2"]) == "cpu, fla, reference"
+    assert known_backends(found["lightnet"]) == "reference; cpu, fla, reference"
+    assert known_backends(found["lstm"]) == ""
 
 
 def test_classes_have_the_kinds_that_recipes_take_there(found: dict[str, Row]) -> None:

@@ -54,8 +54,8 @@ class AttentionConfig(Answers):
     """Added to the mean square of the query and key norms."""
     window: int | None = None
     """Tokens a query sees, itself included; null: its whole document."""
-    bias: Literal["none", "qkv", "all"] = "none"
-    """Projections with a bias: none, query key and value (Qwen2), or the output too (gpt-oss)."""
+    bias: Literal["none", "qkv", "out", "all"] = "none"
+    """Projections with a bias: query, key and value (qkv, Qwen2), the output (out, Griffin), or all four (gpt-oss)."""
     softcap: float | None = None
     """Scores become softcap tanh(score / softcap); null: as they are."""
     sinks: bool = False
@@ -84,6 +84,11 @@ class AttentionConfig(Answers):
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
+
+    @property
+    def biased(self) -> str:
+        """Letters of the projections that have a bias."""
+        return {"none": "", "qkv": "qkv", "out": "o", "all": "qkvo"}[self.bias]
 
     def width(self, d_model: int) -> int:
         """Channels per head. Raises UsageError where it is neither given nor a whole number, or odd under rope."""
@@ -125,10 +130,10 @@ class Attention(Branch):
         width = self.head_dim = cfg.width(d_model)
         shared = cfg.head_embedding != "none"
         for name, heads in self._heads().items():
-            self.add_module(name, nn.Linear(d_model, (1 if shared else heads) * width, bias=cfg.bias != "none"))
+            self.add_module(name, nn.Linear(d_model, (1 if shared else heads) * width, bias=name in cfg.biased))
             if shared:
                 self.add_module(f"{name}_heads", HeadEmbedding(heads, width, cfg.head_embedding))
-        self.o = nn.Linear(cfg.num_heads * width, d_model, bias=cfg.bias == "all")
+        self.o = nn.Linear(cfg.num_heads * width, d_model, bias="o" in cfg.biased)
         if cfg.output_gate:
             self.gate = nn.Linear(d_model, cfg.num_heads * width, bias=False)
         if cfg.qk_norm:
@@ -183,12 +188,12 @@ class Attention(Branch):
         for name, heads in self._heads().items():
             units = None if shared else heads
             info[f"{name}.weight"] = matrix(std, d_model, (1 if shared else heads) * self.head_dim, rows=units)
-            if cfg.bias != "none":
+            if name in cfg.biased:
                 info[f"{name}.bias"] = ParamInfo("bias", constant(0.0), tp_dim=0, tp_units=heads)
             if shared:
                 info[f"{name}_heads.weight"] = ParamInfo("embedding", std, tp_dim=0, tp_units=heads)
         info["o.weight"] = matrix(normal(0.02 / math.sqrt(self.place.count)), inner, d_model, columns=cfg.num_heads)
-        if cfg.bias == "all":
+        if "o" in cfg.biased:
             info["o.bias"] = ParamInfo("bias", constant(0.0))
         if cfg.output_gate:
             info["gate.weight"] = matrix(std, d_model, inner, rows=cfg.num_heads)

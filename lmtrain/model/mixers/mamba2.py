@@ -142,4 +142,4 @@ class Mamba2(Branch):
             "o.weight": matrix(out, inner, self.d_model, columns=heads),
         }
         length, taps, biases = self.cfg.mimetic_length, ("conv_x", "conv_bc"), ("conv_x_bias", "conv_bc_bias")
-        return mimetic(info, length, self.place, steps="dt.weight", taps=taps, biases=biases) if length else info
+        return mimetic(info, length, steps="dt.weight", taps=taps, biases=biases) if length else info

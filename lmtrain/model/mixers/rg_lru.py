@@ -1,10 +1,10 @@
 """Griffin's recurrent block (arXiv 2402.19427): the real-gated linear recurrent unit beside a gate of GELU.
 
 u = conv(W_x x + b_x)      r = sigmoid(u W_a + b_a)      i = sigmoid(u W_i + b_i)            W_a, W_i block-diagonal
-log a = -8 r softplus(Lambda)      h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t)      out = W_o (gelu(W_g x + b_g) * h)
+log a = -8 r softplus(Lambda)      h_t = a_t h_{t-1} + sqrt(1 - a_t^2) (i_t u_t)
+out = W_o (gelu(W_g x + b_g) * h) + b_o
 
-A document's first token writes i u whole: a = 0 there, also under the root. linear_out has a bias in published weights,
-here it has none: the last projection may be cut over ranks.
+A document's first token writes i u whole: a = 0 there, also under the root.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class RGLRU(Branch):
         self.gate = nn.Linear(d_model, self.width)
         self.conv = ShortConv(self.width, cfg.conv_width, bias=True, activation="none")
         self.gates = Gates(self.width, cfg.num_heads)
-        self.o = nn.Linear(self.width, d_model, bias=False)
+        self.o = nn.Linear(self.width, d_model)
 
     def forward(self, x: Tensor, ctx: Context, state: State, streams: Streams) -> tuple[Tensor, State, Streams]:
         u, tail = self.conv(self.x(x), ctx, state.get("conv"))
@@ -99,4 +99,5 @@ class RGLRU(Branch):
             **named("conv", self.conv.param_info(conv, units=heads)),
             **named("gates", self.gates.param_info()),
             "o.weight": matrix(out, width, d_model, columns=heads),
+            "o.bias": ParamInfo("bias", constant(0.0)),
         }
