@@ -1,8 +1,9 @@
 """What bounds an op, as torch's own primitives do it in the same run, with the same threads.
 
 Of most ops one thing, the FLOPs of the chunked form, its exponentials or a copy of its inputs and outputs. Of ssd its
-unavoidable work in three parts, timed apart. Their maximum is what they would take if they overlapped wholly, their sum
-if not at all; which of the two a kernel is measured by has to be said.
+unavoidable work in parts, timed apart. Their maximum is what they would take if they overlapped wholly, their sum if
+not at all; which of the two a kernel is measured by has to be said. So has whether COLD is in the sum: an op is timed
+after another form has used the caches, but torch.mm, from which the products follow, with its factors in them.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from op_forms import Entry
 
 Timer = Callable[[], tuple[float, float]]  # seconds of the forward, and of forward and backward
+COLD = "cold inputs"
 SQUARE, PIECE = 512, 64  # ssd's pieces: twice as long they cost a fifth more FLOPs, half as long twice the states
 
 
@@ -42,7 +44,7 @@ def ssd_work(T: int, B: int, H: int, P: int, N: int) -> tuple[Work, Work]:
     the scores, the scores again, and what the gradients of the scores, once summed over heads, make of B and C.
     Exponentials: one per token and head and pass, since all decays are products of those.
     Fresh memory: y, the last state and the states between chunks, which the backward needs unless it makes them again;
-    then the gradients of x, log_a, B and C. Nothing that is read, and no scratch.
+    then the gradients of x, log_a, B and C. No scratch. What is read is not in here: see COLD in ``timers``.
     """
     tokens, pairs = B * T * H, PIECE + 1  # a token is in half so many pairs, of 2 FLOPs per number
     states, keys = 2 * N * P, pairs * N // H
@@ -68,7 +70,11 @@ def seconds(run: Callable[[], Any], times: int = 1) -> float:
 
 
 def timers(entry: Entry, length: int, leaves: list[Tensor], y: Tensor) -> dict[str, Timer]:
-    """By the name of what is timed."""
+    """By the name of what is timed.
+
+    COLD is x, read by the forward, and again by the backward, with the gradient of y. It has to run right after a torch
+    form, so that it finds x where ours would. The small inputs and the states that are kept are left out.
+    """
     sizes = entry.sizes | {"T": length}
 
     def scaled(run: Callable[[], Any], forward: float, both: float, times: int = 1) -> Timer:
@@ -82,6 +88,12 @@ def timers(entry: Entry, length: int, leaves: list[Tensor], y: Tensor) -> dict[s
     mm, mm_flops = partial(torch.mm, square, square), 2 * SQUARE**3
     if entry.work is not None:
         forward, backward = entry.work(**sizes)
+        x, upstream = leaves[0].detach(), torch.randn(y.shape)
+
+        def cold() -> tuple[float, float]:
+            first = seconds(x.sum)
+            upstream.normal_()  # the op's is made right before its backward too
+            return first, first + seconds(x.sum) + seconds(upstream.sum)
 
         def fresh() -> tuple[float, float]:
             first = seconds(partial(write, forward.fresh))
@@ -92,6 +104,7 @@ def timers(entry: Entry, length: int, leaves: list[Tensor], y: Tensor) -> dict[s
             "products": scaled(mm, forward.flops / mm_flops, (forward.flops + backward.flops) / mm_flops, times=3),
             "exps": scaled(torch.randn(forward.exps).exp, 1.0, 1.0 + backward.exps / forward.exps),
             "fresh memory": fresh,
+            COLD: cold,
         }
     if entry.bound == "products":
         share = entry.cost(**sizes).executed_flops / mm_flops

@@ -17,12 +17,12 @@
 namespace lm::ssd {
 
 constexpr int64_t kChunk = 64;  // tokens of a piece, at most; the row length of matrices over a piece
-// Heads of a group that the backward takes together: the gradients of B and C are summed once for all. More would leave
-// fewer tasks. Fixed: it is an order of summation.
-constexpr int64_t kHeads = 4;
-// Blocks of so many heads that a thread takes together, at most: B and C are read once for all. With more their states
-// would fall out of the cache.
-constexpr int64_t kBlocks = 4;
+// Heads of a group that the backward takes together: the gradients of B and C are summed once for all. The larger
+// number where it leaves a row kTasks tasks; never by batch or threads, for it is an order of summation.
+constexpr int64_t kHeads = 8, kFewHeads = 4, kTasks = 8;
+// Heads that a thread takes together, at most: B and C are read once for all. With more their states would fall out of
+// the cache.
+constexpr int64_t kMostHeads = 16;
 
 // All arrays are contiguous and of one type, fp32, or fp64 if `f64`.
 struct Params {
@@ -49,15 +49,19 @@ struct Params {
 
 namespace {  // not shared between units, see simd/vector.h
 
-// Blocks of kHeads in a group.
-inline int64_t blocks(const Params& p) { return (p.heads / p.groups + kHeads - 1) / kHeads; }
+// Heads of a block, and blocks in a group.
+inline int64_t block_heads(const Params& p) {
+    const int64_t tasks = p.groups * ((p.heads / p.groups + kHeads - 1) / kHeads);
+    return tasks >= kTasks ? kHeads : kFewHeads;
+}
+inline int64_t blocks(const Params& p) { return (p.heads / p.groups + block_heads(p) - 1) / block_heads(p); }
 
 // Elements of scratch, per thread.
 inline int64_t forward_scratch(const Params& p) {
     return p.d_state * padded(p.head_dim) + kChunk * (padded(p.head_dim) + 2 * p.d_state + 2 * kChunk);
 }
 inline int64_t backward_scratch(const Params& p) {
-    const int64_t heads = kHeads * (blocks(p) < kBlocks ? blocks(p) : kBlocks);
+    const int64_t all = blocks(p) * block_heads(p), heads = all < kMostHeads ? all : kMostHeads;
     const int64_t grad_states = heads * p.d_state * padded(p.head_dim);
     const int64_t values = padded(p.head_dim) + 2 * p.head_dim, keys = 2 * padded(p.d_state) + 4 * p.d_state;
     return grad_states + kChunk * (values + keys + 3 * kChunk + kBlock);

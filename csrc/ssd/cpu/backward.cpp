@@ -20,6 +20,7 @@ struct Backward {
     const Params& p;
     const int64_t width = padded(p.head_dim), key_width = padded(p.d_state), state_size = p.d_state * width;
     const int64_t key_stride = p.groups * p.d_state, value_stride = p.heads * p.head_dim;
+    const int64_t together = block_heads(p);
     T* grad_states;  // [heads, d_state, width]
     // of a piece and group; a name ending in t is transposed, its rows kChunk long
     T *b, *c, *bt, *ct, *scores, *grad_bt, *grad_ct, *grad_scores;
@@ -50,8 +51,8 @@ struct Backward {
 
     // Heads of blocks [from, to) of a group; all of them piece after piece, since they share B, C and memory pages.
     void run(int64_t row, int64_t group, int64_t from, int64_t to) {
-        const int64_t size = p.heads / p.groups, first = group * size + from * kHeads;
-        const int64_t last = group * size + least(to * kHeads, size), begin = p.first[row], end = p.first[row + 1];
+        const int64_t size = p.heads / p.groups, first = group * size + from * together;
+        const int64_t last = group * size + least(to * together, size), begin = p.first[row], end = p.first[row + 1];
         for (int64_t head = first; head < last; ++head) {
             read_state<IO>(p, grad_states + (head - first) * state_size, p.grad_final, row, head);
         }
@@ -74,11 +75,11 @@ struct Backward {
         transpose_padded<IO>(bt, kChunk, b, key_width, piece.count, p.d_state);
         transpose_padded<IO>(ct, kChunk, c, key_width, piece.count, p.d_state);
         piece_scores<IO>(p, piece, bt, ct, scores);
-        for (int64_t from = first; from < last; from += kHeads, ++block) {
+        for (int64_t from = first; from < last; from += together, ++block) {
             std::memset(grad_bt, 0, kChunk * p.d_state * sizeof(T));
             std::memset(grad_ct, 0, kChunk * p.d_state * sizeof(T));
             std::memset(grad_scores, 0, kChunk * kChunk * sizeof(T));
-            for (int64_t head = from; head < least(from + kHeads, last); ++head) {
+            for (int64_t head = from; head < least(from + together, last); ++head) {
                 const bool turn = head + 1 == last;  // to the next piece's first head
                 ask_for(turn ? next : piece, turn ? first : head + 1);
                 run_head(piece, head, entering<T>(p, piece, head), grad_states + (head - first) * state_size);
@@ -241,9 +242,9 @@ struct Backward {
 template <typename IO, typename T = typename IO::Compute>
 void backward(const Params& p, int64_t from, int64_t to, T* scratch) {
     Backward<IO> task(p, scratch);
-    const int64_t count = blocks(p);
+    const int64_t count = blocks(p), most = kMostHeads / block_heads(p);
     while (from < to) {
-        const int64_t block = from % count, end = least(to, least(from - block + count, from + kBlocks));
+        const int64_t block = from % count, end = least(to, least(from - block + count, from + most));
         task.run(from / count / p.groups, from / count % p.groups, block, block + end - from);
         from = end;
     }
