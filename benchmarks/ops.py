@@ -25,7 +25,6 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
-import hashlib
 import json
 import math
 import multiprocessing
@@ -41,6 +40,7 @@ import torch
 import transformers
 from op_forms import ENTRIES, Entry, Form
 from op_roofline import COLD, timers
+from source_digest import digest
 from torch import Tensor
 
 from lmtrain.ops import library
@@ -335,15 +335,6 @@ def write_docs() -> None:
     path.write_text(before + begin + "\n".join(lines) + "\n\n" + end + after, encoding="utf-8")
 
 
-def sources() -> str:
-    """sha256 over what the numbers depend on: kernels, ops, and this benchmark."""
-    digest = hashlib.sha256()
-    for folder, pattern in ((ROOT / "csrc", "*"), (ROOT / "lmtrain" / "ops", "*.py"), (ROOT / "benchmarks", "op*.py")):
-        for path in sorted(path for path in folder.rglob(pattern) if path.is_file()):
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", nargs="+", metavar="OP", choices=ENTRIES, help="these alone; writes nothing")
@@ -374,7 +365,7 @@ def main() -> None:
         "threads": threads,
         "dtype": "float32",
         "load": os.getloadavg()[0],
-        "sources": sources(),
+        "sources": digest("csrc/*", "lmtrain/ops/*.py", "benchmarks/op*.py"),
     }
     print(heading(record), flush=True)
     records: list[dict[str, Any]] = []

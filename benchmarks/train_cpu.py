@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from source_digest import digest
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -198,6 +199,7 @@ def main() -> None:
         "kernels": chosen(),
         "threads": 1,
         "tokens_per_step": TOKENS,
+        "sources": digest("csrc/*", "lmtrain/ops/*.py", "lmtrain/model/*.py", "benchmarks/train_cpu.py"),
         "rows": rows,
     }
     RESULTS.parent.mkdir(exist_ok=True)

@@ -11,6 +11,7 @@ from lmtrain.ops.gla import gla
 from lmtrain.ops.linear_cross_entropy import linear_cross_entropy
 from lmtrain.ops.op import AffineOp, Cost, Op, Span
 from lmtrain.ops.rmsnorm import rmsnorm
+from lmtrain.ops.routed_conv import routed_conv
 from lmtrain.ops.selective_scan import selective_scan
 from lmtrain.ops.ssd import ssd
 from lmtrain.ops.wkv4 import wkv4
@@ -30,6 +31,7 @@ __all__ = [
     "gla",
     "linear_cross_entropy",
     "rmsnorm",
+    "routed_conv",
     "selective_scan",
     "ssd",
     "wkv4",

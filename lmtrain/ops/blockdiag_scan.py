@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lmtrain.ops import library
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, Span, check_shape, compute_dtype
-from lmtrain.ops.transitions import apply, check_device, in_chunks, starts_of
+from lmtrain.ops.op import AffineOp, Cost, Span, check_row, check_shape, check_static, compute_dtype
+from lmtrain.ops.transitions import apply, in_chunks, starts_of
 
 
 def recurrence(
@@ -76,13 +76,12 @@ class BlockDiagScan(AffineOp):
         """
         v, transition = self._check(inputs, docs)
         length, size = v.shape[1], v.shape[3]
+        check_static(self.name, static, "chunk")
         chunk = static.get("chunk", max(1, math.isqrt(length)))
-        if chunk < 1:
-            raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
         state = v.new_zeros(v.shape[0], *v.shape[2:], dtype=compute_dtype(v))
         if initial_state is not None:
             check_shape(self.name, "initial_state", initial_state, tuple(state.shape))
-            check_device(self.name, v, initial_state=initial_state)
+            check_row(self.name, "v", v, None, initial_state=initial_state)
             state = initial_state.to(state.dtype)
             state = state if docs is None or not length else self.drop(state, docs.before)
         if not length:
@@ -140,13 +139,9 @@ class BlockDiagScan(AffineOp):
         if len(inputs) != 2 or len(tensors) != 2:
             raise ValueError("blockdiag_scan: inputs: expected (v, A)")
         v, transition = tensors
-        if not v.is_floating_point():
-            raise ValueError(f"blockdiag_scan: v: expected a floating dtype, got {v.dtype}")
         check_shape(self.name, "v", v, (None, None, None, None))
         check_shape(self.name, "A", transition, (*v.shape, v.shape[3]))
-        if docs is not None:
-            check_shape(self.name, "docs.ids", docs.ids, tuple(v.shape[:2]))
-        check_device(self.name, v, A=transition, docs=None if docs is None else docs.ids)
+        check_row(self.name, "v", v, docs, A=transition)
         return v, transition
 
 

@@ -121,9 +121,5 @@ def _gradients(x: Tensor, weight: Tensor, *_: object) -> tuple[Like | None, ...]
     return x, weight, (weight, weight.shape[:1]), None, _outputs(x, weight)[1], None
 
 
-library.register(
-    CausalConv1d.name,
-    compiled(CausalConv1d.name, _outputs, _gradients),
-    adapter.BACKEND,
-    library.Backend("reference"),
-)
+CPU = compiled(CausalConv1d.name, _outputs, _gradients)
+library.register(CausalConv1d.name, CPU, adapter.BACKEND, library.Backend("reference"))

@@ -20,7 +20,7 @@ from lmtrain.ops.adapters import fla
 from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
 from lmtrain.ops.dplr import dplr
-from lmtrain.ops.op import Cost, check_row, check_shape, compute_dtype, starts_of
+from lmtrain.ops.op import Cost, check_row, check_shape, check_static, compute_dtype, starts_of
 from lmtrain.ops.transitions import Chunks, MatrixOp, decays, in_chunks, scores
 
 CHUNK = 32  # tokens that the compiled kernel takes at once; kChunk in csrc/delta/kernel.h
@@ -105,7 +105,7 @@ class Delta(MatrixOp):
         backend = library.backend(self.name, v.device.type, v.dtype)
         if backend == "reference":
             return super().__call__(*inputs, docs=docs, initial_state=initial_state, **static)
-        self.check_chunk(static)
+        check_static(self.name, static, "chunk")
         state = self.check_state(v, k.shape[3], docs, initial_state)
         if backend == "fla":
             return fla.delta(v, q, k, beta, g, docs, state)

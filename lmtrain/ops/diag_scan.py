@@ -67,7 +67,7 @@ def doubled(x: Tensor, log_a: Tensor, docs: Documents | None, initial_state: Ten
         h = torch.cat([h[:, :distance], h[:, distance:] + scaled(factor, earlier)], dim=1)
         decay = torch.cat([decay[:, :distance], factor * before], dim=1)
         distance *= 2
-    return h.to(x.dtype), h[:, -1]
+    return h.to(x.dtype), h[:, -1].clone()  # FSDP warns of a view
 
 
 class DiagScan(AffineOp):

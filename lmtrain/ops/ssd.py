@@ -18,7 +18,7 @@ from lmtrain.ops import library
 from lmtrain.ops.adapters import fla
 from lmtrain.ops.compiled import Like, compiled
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, compute_dtype, scaled, starts_of
+from lmtrain.ops.op import AffineOp, Cost, check_row, check_shape, check_static, compute_dtype, scaled, starts_of
 
 
 def recurrence(
@@ -95,7 +95,7 @@ def chunked(
     if count:
         y = y + reach[..., None] * (queries @ torch.stack(entering, dim=1))
     y = y.permute(0, 1, 4, 2, 3, 5).reshape(batch, count * chunk, num_heads, head_dim)[:, :length]
-    return y.to(x.dtype), state.reshape(batch, num_heads, d_state, head_dim)
+    return y.to(x.dtype), state.reshape(batch, num_heads, d_state, head_dim).clone()  # FSDP warns of a view
 
 
 class SSD(AffineOp):
@@ -119,9 +119,8 @@ class SSD(AffineOp):
         backward: about ``T / chunk`` times ``[B, H, N, P]``.
         """
         x, log_a, b, c = self._check(inputs, docs, initial_state)
+        check_static(self.name, static, "chunk")
         chunk = static.get("chunk", 64)
-        if chunk < 1:
-            raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
         if docs is not None and initial_state is not None and x.shape[1]:
             initial_state = self.drop(initial_state, docs.before)  # whatever it holds, NaN included
         backend = library.backend(self.name, x.device.type, x.dtype)

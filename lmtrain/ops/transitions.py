@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lmtrain.ops.documents import Documents
-from lmtrain.ops.op import AffineOp, Span, check_shape, compute_dtype
+from lmtrain.ops.op import AffineOp, Span, check_row, check_shape, check_static, compute_dtype
 from lmtrain.ops.op import starts_of as starts_of
 
 
@@ -105,9 +105,9 @@ def fold(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply(gamma: Tensor, state: Tensor) -> Tensor:
-    """``gamma . state``; a matrix of zeros forgets even infinities."""
+    """``gamma . state``; a matrix of zeros forgets even infinities (what is finite stays, for the gradient of gamma)."""
     forgets = (gamma == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-    return gamma @ torch.where(forgets, state.new_zeros(()), state)
+    return gamma @ torch.where(forgets & ~state.isfinite(), state.new_zeros(()), state)
 
 
 class MatrixOp(AffineOp):
@@ -132,7 +132,8 @@ class MatrixOp(AffineOp):
         static: ``chunk``, tokens computed at once, which does not change the function. Raises ValueError naming the
         argument, what was expected and what was got.
         """
-        chunks = self.chunks(*inputs, docs=docs, chunk=self.check_chunk(static))
+        check_static(self.name, static, "chunk")
+        chunks = self.chunks(*inputs, docs=docs, chunk=static.get("chunk"))
         values = inputs[0]
         assert values is not None
         keys, width = chunks.end.shape[3:]
@@ -165,25 +166,12 @@ class MatrixOp(AffineOp):
     def outer(self, grad: Tensor, state: Tensor) -> Tensor:
         return grad @ state.mT
 
-    def check_chunk(self, static: dict[str, Any]) -> int | None:
-        chunk = static.get("chunk")
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"{self.name}: chunk: expected at least 1, got {chunk}")
-        return chunk
-
     def check_state(self, values: Tensor, keys: int, docs: Documents | None, state: Tensor | None) -> Tensor | None:
         """The initial state in the computing dtype, without the rows whose column 0 starts a document."""
         if state is None:
             return None
         batch, length, heads, width = values.shape
         check_shape(self.name, "initial_state", state, (batch, heads, keys, width))
-        check_device(self.name, values, initial_state=state)
+        check_row(self.name, "v", values, None, initial_state=state)
         state = state.to(compute_dtype(values))
         return state if docs is None or not length else self.drop(state, docs.before)
-
-
-def check_device(op: str, values: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless every tensor of ``others`` is on the device of ``values``."""
-    for argument, other in others.items():
-        if other is not None and other.device != values.device:
-            raise ValueError(f"{op}: {argument}: expected device {values.device} as v, got {other.device}")

@@ -31,6 +31,7 @@ class Case:
     outputs: their names; all but ``state`` are per token.
     whole: the inputs without a T dim. wide: the inputs that stay fp32 where values are bf16.
     reach: how many columns back a column sees in its document; None: all.
+    sees: inputs to bool ``[B, T, T]``, what of its document a column sees, where that depends on them.
     once: in bf16 the outputs are those of fp32, rounded once; else products are made in bf16.
     skips: the torch form, too, leaves out what it does not see, instead of multiplying it by zero: no NaN gets through.
     chunks: lengths to try of the ``chunk`` it takes, if it takes one.
@@ -46,6 +47,7 @@ class Case:
     whole: frozenset[str] = frozenset()
     wide: frozenset[str] = frozenset()
     reach: int | None = None
+    sees: Callable[[Tensors], Tensor] | None = None
     once: bool = True
     skips: bool = True
     chunks: tuple[int, ...] = ()
@@ -70,13 +72,16 @@ class Case:
 
 @dataclass(frozen=True)
 class Affine:
-    """An op whose spans compose, and its inputs in order; unique: what a state stands for, where it is not unique."""
+    """An op whose spans compose, and its inputs in order; unique: what a state stands for, where it is not unique;
+    derived: the inputs that are not floating, made of the others."""
 
     op: AffineOp
     names: tuple[str, ...]
     unique: Callable[[Tensor], Tensor]
+    derived: Callable[[Tensors], Tensors]
 
     def arguments(self, tensors: Tensors) -> list[Tensor | None]:
+        tensors = tensors | self.derived(tensors)
         return [tensors.get(name) for name in self.names]
 
 
@@ -92,9 +97,11 @@ def affine(
     skips: bool = False,
     tolerance: float = 2e-6,
     unique: Callable[[Tensor], Tensor] = lambda state: state,
+    derived: Callable[[Tensors], Tensors] = lambda tensors: {},
+    sees: Callable[[Tensors], Tensor] | None = None,
 ) -> Case:
     """An affine op: inputs ``names`` and an initial state to y and a state; the definition is its ``recurrence``."""
-    row = Affine(op, tuple(names.split()), unique)
+    row = Affine(op, tuple(names.split()), unique, derived)
 
     def resumes(tensors: Tensors, docs: Documents | None, **static: Any) -> Outputs:
         return op(*row.arguments(tensors), docs=docs, initial_state=tensors.get("initial_state"), **static)
@@ -114,6 +121,7 @@ def affine(
         definition,
         whole=frozenset({*whole, "initial_state"}),
         wide=frozenset({*wide, "initial_state"}),
+        sees=sees,
         skips=skips,
         chunks=chunks,
         tolerance=tolerance,

@@ -24,6 +24,7 @@ from lmtrain.ops import (
     library,
     linear_cross_entropy,
     rmsnorm,
+    routed_conv,
     selective_scan,
     ssd,
     wkv4,
@@ -33,6 +34,7 @@ from lmtrain.ops.delta import recurrence as delta_recurrence
 from lmtrain.ops.diag_scan import recurrence as diag_scan_recurrence
 from lmtrain.ops.dplr import recurrence as dplr_recurrence
 from lmtrain.ops.gla import recurrence as gla_recurrence
+from lmtrain.ops.routed_conv import recurrence as routed_conv_recurrence
 from lmtrain.ops.selective_scan import recurrence as selective_scan_recurrence
 from lmtrain.ops.ssd import recurrence as ssd_recurrence
 from lmtrain.ops.wkv4 import recurrence as wkv4_recurrence
@@ -198,6 +200,16 @@ CASES: dict[str, Case] = {
         unique=op_inputs.wkv4_unique,
     ),
     "blockdiag_scan": affine(blockdiag_scan, blockdiag_scan_recurrence, "v A", op_inputs.blockdiag, chunks=(1, 7, 100)),
+    "routed_conv": affine(
+        routed_conv,
+        routed_conv_recurrence,
+        "x used weight",
+        partial(op_inputs.routed_conv, width=4),
+        whole=("weight",),
+        skips=True,
+        derived=op_inputs.routes,
+        sees=op_inputs.routed_conv_sees,
+    ),
     "conv": conv(4, "silu"),
     "conv_plain": conv(3, "none", bias=False),
     "rmsnorm": norm(False, 1),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lmtrain.ops import Documents, Span
+from lmtrain.ops import Documents, Span, blockdiag_scan
 from tests.ops.conftest import RUNNING
 from tests.ops.op_case import Case, Outputs, Running, Tensors, documents
 from tests.ops.op_cases import AFFINE
@@ -108,7 +108,7 @@ def test_the_reverse_fold_is_the_gradient_of_the_fold(case: Case) -> None:
     leaves = [tensor.detach().requires_grad_() for tensor in (span.gamma, state, span.state)]
     out = case.affine.op.combine(*leaves)
     grad = rand(*out.shape, seed=9)
-    expected = torch.autograd.grad(out, leaves, grad)
+    expected = torch.autograd.grad(out, leaves, grad, materialize_grads=True)
     for got, want in zip(case.affine.op.combine_backward(grad, *leaves), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
 
@@ -153,3 +153,16 @@ def test_steps_are_the_parallel_form(case: Case) -> None:
         outputs.append(out)
     torch.testing.assert_close(torch.stack(outputs, dim=1), y, rtol=1e-13, atol=1e-13)
     close(case, state, final)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 8])
+def test_a_transition_of_zeros_has_its_gradient(chunk: int) -> None:
+    """It forgets the state, but not what the state would be with a little more of it."""
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(1, 5, 2, 3, dtype=torch.float64, generator=generator)
+    leaves = (v, torch.zeros(1, 5, 2, 3, 3, dtype=torch.float64), v[:, 0].clone())
+    for leaf in leaves:
+        leaf.requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda v, matrices, state: blockdiag_scan(v, matrices, initial_state=state, chunk=chunk), leaves
+    )

@@ -81,7 +81,7 @@ def test_a_chunk_of_nothing_is_refused(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES.values() if case.affine and case.op != "ssd"], ids=lambda case: case.op
+    "case", [case for case in CASES.values() if case.affine], ids=lambda case: case.op
 )
 def test_a_setting_that_no_op_has_is_refused(case: Case) -> None:
     # the ops without a setting say it as every Python function does

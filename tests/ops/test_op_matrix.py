@@ -187,7 +187,9 @@ def test_a_column_sees_its_document_up_to_itself(op: Running) -> None:
     """Column t has a gradient to column j iff ``0 <= t - j <= positions[t]``, and elsewhere exactly none."""
     length, docs = 40, documents("edges", 40)
     assert docs is not None
-    leaves = {name: t.to(op.device, op.widest).requires_grad_() for name, t in op.case.inputs(length, 0.1).items()}
+    tensors = op.case.inputs(length, 0.1)
+    sees = None if op.case.sees is None else op.case.sees(tensors)
+    leaves = {name: t.to(op.device, op.widest).requires_grad_() for name, t in tensors.items()}
     y = op.case.call(leaves, docs.to(op.device))[0]
     scored = (y * rand(*y.shape, seed=9).to(y)).flatten(2).sum(dim=2) if y.dim() > 2 else y
     for t in (0, 1, 4, 5, 14, 15, 16, 17, 31, 32, 39):
@@ -200,7 +202,9 @@ def test_a_column_sees_its_document_up_to_itself(op: Running) -> None:
             if op.case.reach is None
             else docs.positions()[:, t, None].clamp(max=op.case.reach)
         )
-        assert torch.equal(reached, (distance >= 0) & (distance <= seen)), f"column {t}"
+        expected = (distance >= 0) & (distance <= seen)
+        expected = expected if sees is None else expected & sees[:, t]
+        assert torch.equal(reached, expected), f"column {t}"
 
 
 # --- bits, and what torch asks of an op ---

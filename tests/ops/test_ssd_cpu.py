@@ -389,3 +389,10 @@ def test_groups_must_divide_the_heads() -> None:
     b = torch.zeros(2, 7, 3, 5)
     with pytest.raises(ValueError, match=r"^ssd: B: expected groups that divide the 4 heads, got 3"):
         ssd(torch.zeros(2, 7, 4, 3), torch.zeros(2, 7, 4), b, b)
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(64, 1), (57, 1), (128, 8)])
+def test_many_heads_share_blocks_of_eight(heads: int, groups: int) -> None:
+    """From 57 heads of a group on the backward takes eight together."""
+    tensors = inputs(150, batch=1, heads=heads, groups=groups, head_dim=9, d_state=17)
+    both_precisions(tensors, documents((70,), 150, batch=1))

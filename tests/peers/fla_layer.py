@@ -33,8 +33,8 @@ class Layer:
 
     name: its class, in ``fla.layers`` or in a module under fla; built with ``arguments``. packed: our parameters, or
     their gradients, under its names. run: ``(layer, parameters, x, **cu_seqlens)`` to its output. streams: what comes
-    in beside x, made from x. changed: our parameters that are not as drawn. packs: whether it takes several documents
-    in a row. length: of rows of one document; 70 is more than a chunk of the kernels.
+    in beside x, made from x. packs: whether it takes several documents in a row. length: of rows of one document; 70
+    is more than a chunk of the kernels.
     """
 
     settings: Any
@@ -44,7 +44,6 @@ class Layer:
     run: Callable[..., Tensor] = run_plain
     place: Place = LATER
     streams: Callable[[Tensor], Named] = field(default=lambda x: {})
-    changed: Callable[[Named], Named] = field(default=lambda p: {})
     packs: bool = True
     length: int = 70
     note: str = ""
@@ -63,7 +62,6 @@ class Layer:
     def _pair(self, layout: str, docs: Documents, told: Named) -> Pair:
         branch = perturbed(self.settings, D_MODEL, torch.float32, self.place)
         weights = {name: parameter.detach() for name, parameter in branch.named_parameters()}
-        weights |= self.changed(weights)
         x = torch.randn(*docs.shape, D_MODEL, generator=torch.Generator().manual_seed(2))
 
         def theirs() -> Named:

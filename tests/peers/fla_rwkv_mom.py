@@ -6,7 +6,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -95,39 +94,36 @@ def pack_channel7(p: Named) -> Named:
     return renamed(key="k", value="v")(p) | {"x_k": p["mix.weight"][0]}
 
 
-def mom(num_memories: int, top_k: int, *, pointwise: bool) -> Layer:
-    """pointwise: with convolutions of one tap, the same before the routing and after it."""
+def mom(num_memories: int, top_k: int) -> Layer:
     names = {"gate": "router", "q_proj": "q", "g_proj": "out.gate.0", "o_norm": "out.norm", "o_proj": "out.o"}
     names |= {"A_log": "decay.A_log", "dt_bias": "decay.dt_bias"} | {f"{name}_conv1d": f"{name}_conv" for name in "qkv"}
     for theirs, ours in {"k": "k", "v": "v", "b": "beta", "a": "a"}.items():
         names |= {f"{theirs}_proj__{e}": f"memories.{e}.{ours}" for e in range(num_memories)}
         names[f"shared_{theirs}"] = f"memories.{num_memories}.{ours}"
-    rename, taps = renamed(**names), 4
-    sizes = {"num_heads": HEADS, "head_dim": 4, "value_dim": 8, "conv_width": taps}
-
-    def packed(p: Named) -> Named:
-        found = rename(p)
-        return found | {name: found[name][..., -1:] for name in found if pointwise and "conv1d" in name}
-
-    def one_tap(p: Named) -> Named:
-        return {name: F.pad(p[name][:, -1:], (taps - 1, 0)) for name in p if pointwise and "_conv" in name}
+    taps = 4
 
     def run(layer: nn.Module, p: Named, x: Tensor) -> Tensor:
-        wide = {name: F.pad(value, (taps - value.shape[-1], 0)) for name, value in p.items() if "conv1d" in name}
         with patch.object(Tensor, "argsort", lambda t: torch.argsort(t, stable=True)):
-            return run_plain(layer, p | wide, x)
+            return run_plain(layer, p, x)
 
     return Layer(
-        MoMConfig(num_memories=num_memories, top_k=top_k, aux_weight=0.0, **sizes),
+        MoMConfig(
+            num_memories=num_memories,
+            top_k=top_k,
+            aux_weight=0.0,
+            num_heads=HEADS,
+            head_dim=4,
+            value_dim=8,
+            conv_width=taps,
+        ),
         "MomAttention",
         {"hidden_size": D_MODEL, "num_heads": HEADS, "head_dim": 4, "expand_v": 2, "conv_size": taps}
         | {"num_memories": num_memories, "topk": top_k, "shared_mem": True},
-        packed,
+        renamed(**names),
         run,
-        changed=one_tap,
         packs=False,
-        note="fla sorts tokens by memory with a sort that is not stable, here made so; it convolves after the routing: "
-        + ("here with one tap" if pointwise else "here every memory is used"),
+        note="fla sorts tokens by memory with a sort that is not stable, here made so; as it evaluates: in training "
+        "its convolutions run on into the next memory",
     )
 
 
@@ -154,6 +150,6 @@ RWKV_AND_MOM = [
         {"hidden_size": D_MODEL, "intermediate_size": D_FF, "layer_idx": 1, "num_hidden_layers": 2},
         pack_channel7,
     ),
-    mom(3, 3, pointwise=False),
-    mom(4, 2, pointwise=True),
+    mom(3, 3),
+    mom(4, 2),
 ]

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from lmtrain.model.branch import Init, ParamInfo, matrix
-from lmtrain.model.context import Context
 from lmtrain.model.init import uniform
 from lmtrain.model.mixers.mom_settings import MoMConfig
-from lmtrain.model.short_conv import ShortConv
-from lmtrain.ops import causal_conv1d
 
 
 class Memory(nn.Module):
@@ -33,13 +31,18 @@ class Memory(nn.Module):
         return {f"{name}.weight": projection(linear, self.num_heads) for name, linear in linears.items()}
 
 
-class SharedConv(ShortConv):
-    """A short convolution of which every memory's channels, one memory after another, pass the same taps."""
+class Taps(nn.Module):
+    """The taps ``[channels, width]`` of a convolution that the tokens of every memory pass; the last is their own."""
 
-    def forward(self, x: Tensor, ctx: Context, tail: Tensor | None) -> tuple[Tensor, Tensor]:
-        left, tail = ctx.halo(x, self.weight.shape[1] - 1, tail)
-        taps = self.weight.repeat(x.shape[-1] // self.weight.shape[0], 1)
-        return causal_conv1d(x, taps, None, docs=ctx.docs, initial_state=left, activation="silu")[0], tail
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+    def param_info(self, init: Init, heads: int) -> dict[str, ParamInfo]:
+        return {"weight": ParamInfo("conv", init, tp_dim=0, tp_units=heads)}
 
 
 def projection(linear: nn.Linear, heads: int) -> ParamInfo:
