@@ -230,11 +230,12 @@ class Checkpointer:
 
     # ------------------------------------------------------------------------------------------------ find, load
 
-    def find(self, resume: str) -> Path | None:
+    def find(self, resume: str, key: str = "resume") -> Path | None:
         """The checkpoint to go on from; None is a start at step 0. The same on all ranks.
 
         ``false``: None. ``auto``: the newest that verifies, None only if there is none at all. ``true``: the same,
-        but there must be one. Else a checkpoint, or a run folder whose newest is meant. Raises DataError.
+        but there must be one. Else a checkpoint, or a run folder whose newest is meant. ``key``: the setting that
+        an error names. Raises DataError.
         """
         if resume == "false":
             self._warn_of_newer(None)
@@ -247,9 +248,9 @@ class Checkpointer:
         if found is None:
             where = resume if named else self.root
             if not candidates:
-                raise DataError(f"resume={resume}: there is no checkpoint in {where}")
+                raise DataError(f"{key}={resume}: there is no checkpoint in {where}")
             raise DataError(
-                f"resume={resume}: none of the {len(candidates)} checkpoints in {where} verifies "
+                f"{key}={resume}: none of the {len(candidates)} checkpoints in {where} verifies "
                 f"({', '.join(path.name for path in candidates[:5])}); not starting at step 0 beside them"
             )
         if named and found.parent.absolute() == self.root.absolute():
@@ -327,7 +328,7 @@ class Checkpointer:
 
 def init_from(checkpointer: Checkpointer, source: str, tensors: Mapping[str, Tensor], prefix: str = "model.") -> Path:
     """Weights only: fill ``tensors`` from the checkpoint (or the newest of the run) ``source``. Raises DataError."""
-    path = checkpointer.find(str(source))
+    path = checkpointer.find(str(source), "init_from")
     assert path is not None
     checkpointer.load(path, tensors, prefix=prefix)
     return path
@@ -335,7 +336,7 @@ def init_from(checkpointer: Checkpointer, source: str, tensors: Mapping[str, Ten
 
 def branch_from(checkpointer: Checkpointer, source: str, tensors: Mapping[str, Tensor]) -> tuple[Path, dict[str, Any]]:
     """Everything: continue the state of ``source`` as this run, and pin it there. Raises DataError, StorageError."""
-    path = checkpointer.find(str(source))
+    path = checkpointer.find(str(source), "branch_from")
     assert path is not None
     by = str(checkpointer.run_dir.absolute())
     # pinned before it is read: the other run may be deleting old ones at this moment

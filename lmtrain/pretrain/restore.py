@@ -35,6 +35,11 @@ def restore(settings: Settings, plan: Plan, checkpointer: Checkpointer, engine: 
     elif launch.branch_from:
         found, documents = branch_from(checkpointer, launch.branch_from, tensors)
         documents["schedule"].pop("plans", None)  # a branch may have other data
+        if (done := documents["loop"]["step"]) >= plan.total_steps:
+            raise UsageError(
+                f"branch_from={launch.branch_from}: {found.name} has taken {done:,} steps, and this run ends after "
+                f"{plan.total_steps:,}: nothing would be trained; give more train.steps (or train.tokens)"
+            )
         origin = f"branched from {found}, with all its state"
     elif launch.init_from:
         weights = {name: tensor for name, tensor in tensors.items() if name.startswith("model.")}

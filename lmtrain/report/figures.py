@@ -108,7 +108,8 @@ def _heldout(record: Record) -> Figure | None:
         return None
     first, last = lines[0].ys[0], lines[0].ys[-1]
     rules = [(value, f"{name} {value:.2f}") for name, value in baselines(record).items()]
-    caption = f"Held-out text costs {last:.3f} bits per byte at the end, {first:.3f} at the start"
+    at_start = f", {first:.3f} at the start" if len(lines[0].ys) > 1 else ""
+    caption = f"Held-out text costs {last:.3f} bits per byte at the end{at_start}"
     beaten = [name for name, value in baselines(record).items() if last < value]
     caption += f"; below the dotted lines of {listing(beaten)}." if beaten else "."
     svg = line_chart(lines, x_label="tokens", y_label="bits per byte", rules=rules)

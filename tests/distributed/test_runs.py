@@ -336,6 +336,12 @@ def test_a_branch_may_have_another_schedule(small_recipe: Path, straight: Path, 
     assert column(tmp_path / "run", "lr") != column(straight, "lr")[8:10]
 
 
+def test_a_branch_that_would_train_nothing_is_refused(small_recipe: Path, straight: Path, tmp_path: Path) -> None:
+    overrides = (f"branch_from={checkpoint(straight, 8)}", "train.steps=8", "train.schedule.decay_tokens=512")
+    outcome = train(words(small_recipe, tmp_path / "run", *overrides))
+    assert outcome.code == EXIT_USAGE and told(outcome, r"step-00000008 has taken 8 steps, and this run ends after 8:")
+
+
 # ------------------------------------------------------------------------------------------------------- two starts
 
 

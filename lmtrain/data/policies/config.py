@@ -18,8 +18,10 @@ class StageConfig:
     """Weights by source from there on; a source that is not named is not read."""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.at, str) and self.at <= 1 and not (isinstance(self.at, float) and 0 < self.at < 1):
-            raise ValueError(f"at: must be tokens (more than 1), a fraction between 0 and 1, or a phase; got {self.at}")
+        if not isinstance(self.at, str) and not (0 < self.at < 1 or (self.at > 1 and self.at % 1 == 0)):
+            raise ValueError(
+                f"at: must be whole tokens (more than 1), a fraction between 0 and 1, or a phase; got {self.at}"
+            )
         if not any(weight > 0 for weight in self.weights.values()):
             raise ValueError("weights: every weight is 0; give at least one source a positive weight")
         for name, weight in self.weights.items():

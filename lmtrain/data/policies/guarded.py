@@ -53,7 +53,7 @@ class Guarded:
             return None
         try:
             return call()
-        except Exception as error:  # whatever a policy's file does
+        except (Exception, SystemExit) as error:  # whatever a policy's file does
             self.failed = True
             place = traceback.extract_tb(error.__traceback__)[-1]
             reason = " ".join(f"{type(error).__name__}: {error}".split())

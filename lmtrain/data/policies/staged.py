@@ -49,7 +49,7 @@ class Staged(MixPolicy):
         pass
 
     def propose(self, step: int, progress: Progress) -> dict[str, float] | None:
-        if step % self.every:
+        if step % self.every and progress.done < self._starts[-1]:  # the last stage comes when it begins
             return None
         mixture = self.mixture(progress.done)
         same = integer_weights(mixture, sum(progress.proposed.values())) == progress.proposed
