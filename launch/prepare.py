@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from inspect import cleandoc
 from typing import Any, get_type_hints
 
@@ -128,8 +128,7 @@ def _python_corpus(argv: Sequence[str]) -> None:
     FOLDER: gets a .jsonl file per domain, each of which is a source for prepare.
     """
     out = _out("python-corpus", argv)
-    for name, (documents, size) in write_python_corpus(out).items():
-        print(f"  {out}/{name}.jsonl: {counted(documents, 'document')}, {size / 1e6:.2f} MB")
+    _show_corpus(out, write_python_corpus(out), "version of Python")
 
 
 def _debian_corpus(argv: Sequence[str]) -> None:
@@ -140,11 +139,14 @@ def _debian_corpus(argv: Sequence[str]) -> None:
     FOLDER: gets a .jsonl file per domain, each of which is a source for prepare.
     """
     out = _out("debian-corpus", argv)
-    made = write_debian_corpus(out)
+    _show_corpus(out, write_debian_corpus(out), "packages, versions, licences")
+
+
+def _show_corpus(out: str, made: Mapping[str, Any], contents: str) -> None:
     for name, domain in made["domains"].items():
         size = f"{domain['bytes_of_text'] / 1e6:.2f} MB"
         print(f"  {out}/{name}.jsonl: {counted(domain['documents'], 'document')}, {size}")
-    print(f"  {out}/SOURCES.json: packages, versions, licences; digest of the corpus {made['digest']}")
+    print(f"  {out}/SOURCES.json: {contents}; digest of the corpus {made['digest']}")
 
 
 def _out(verb: str, argv: Sequence[str]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from lmtrain import shipped
 from lmtrain.config.load import load
+from lmtrain.data.corpora.jsonl import SOURCES as SOURCES_FILE
 from lmtrain.data.corpora.python_corpus import write_python_corpus
 from lmtrain.data.ingest.ingest import PrepareConfig, prepare
 from lmtrain.data.ingest.reading import SourceOptions
@@ -65,8 +66,9 @@ def main() -> int:
 
 
 def _corpus() -> None:
-    if not all((TEXT / f"{name}.jsonl").exists() for name in SOURCES):
+    if not all((TEXT / name).exists() for name in (SOURCES_FILE, *(f"{name}.jsonl" for name in SOURCES))):
         write_python_corpus(TEXT)
+    print(f"  digest of the corpus: {json.loads((TEXT / SOURCES_FILE).read_text(encoding='utf-8'))['digest']}")
     sources = {name: SourceOptions(path=f"{TEXT / name}.jsonl") for name in SOURCES}
     manifests, _ = prepare(
         PrepareConfig(out=str(DATA), tokenizer="train:2048", sources=sources, heldout=0.02, workers=2)

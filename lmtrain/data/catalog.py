@@ -12,7 +12,16 @@ from lmtrain.data.blocks.packing import BestFitBlocks, UnpackedBlocks
 from lmtrain.data.blocks.synthetic import SyntheticBlocks
 from lmtrain.data.config import DataConfig
 from lmtrain.data.order.schedule import AddedSource, Event
-from lmtrain.data.sources import Source, bytes_per_token, content_digest, open_source, open_sources, open_train
+from lmtrain.data.sources import (
+    Source,
+    bytes_per_token,
+    content_digest,
+    manifests_of,
+    open_source,
+    open_sources,
+    open_train,
+)
+from lmtrain.data.store.apart import warn_of_sources_apart
 from lmtrain.data.store.store import Store
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, UsageError, nearest
@@ -96,6 +105,9 @@ class Catalog:
                     f"data.sources.{name}: has less than one block, which needs {length + 1:,} tokens "
                     "(data.block_tokens or data.seq_len, and the last target)"
                 )
+        came = [each.stored for each in opened if each.stored is not None]
+        if came:
+            warn_of_sources_apart(manifests_of([*self.stored.values(), *came]))
         return opened, new
 
     def add(self, events: Sequence[Event]) -> dict[str, int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from lmtrain.data.config import DataConfig
+from lmtrain.data.store.apart import warn_of_sources_apart
 from lmtrain.data.store.foreign import index_file, open_store
 from lmtrain.data.store.locate import prepared_folders
 from lmtrain.data.store.manifest import NAME, SPLITS, Manifest, file_digest, open_split
@@ -36,9 +38,16 @@ def open_sources(cfg: DataConfig, tokenizer: Tokenizer) -> list[Source]:
     """All sources of ``cfg`` that have a path, in its order. Raises DataError for the first that does not fit."""
     if not cfg.sources:
         raise DataError(f"data.sources: none given; {_prepare_command('NAME', 'data/x', tokenizer)}")
-    return [
+    opened = [
         open_source(name, source.path, tokenizer) for name, source in cfg.sources.items() if source.path is not None
     ]
+    warn_of_sources_apart(manifests_of(opened))
+    return opened
+
+
+def manifests_of(opened: Iterable[Source]) -> dict[str, Manifest]:
+    """Of those that have one, by name."""
+    return {source.name: source.manifest for source in opened if source.manifest is not None}
 
 
 def open_source(name: str, path: str, tokenizer: Tokenizer) -> Source:
@@ -83,6 +92,7 @@ def bytes_per_token(source: Source, tokenizer: Tokenizer) -> float:
 def check_sources(cfg: DataConfig) -> list[str]:
     """What is wrong with the tokenizer or the sources, a sentence each, all of them; nothing is raised."""
     problems = []
+    found = []
     tokenizer = None
     try:
         tokenizer = Tokenizer.load(cfg.tokenizer)
@@ -93,12 +103,14 @@ def check_sources(cfg: DataConfig) -> list[str]:
             if source.path is None:
                 continue
             opened = _open(name, source.path, tokenizer)
+            found.append(opened)
             if tokenizer is not None:
                 _check_tokenizer(opened, tokenizer)
         except LmtrainError as error:
             problems.append(str(error))
     if not cfg.sources:
         problems.append("data.sources: none given")
+    warn_of_sources_apart(manifests_of(found))
     return problems
 
 

@@ -87,8 +87,8 @@ def merge(argv: Sequence[str]) -> None:
         merge out=NEW PATH PATH ... [tokenizer=PATH]
 
     PATH: as of inspect. Prepared folders give a prepared folder NEW; any other formats give the pair NEW.bin, NEW.idx,
-    and need the tokenizer: so .ds and .npy are converted, too. NEW appears when it is complete. Documents are not
-    compared: that no held-out text is trained on holds between sources that one prepare call made.
+    and need the tokenizer: so .ds and .npy are converted, too. NEW appears when it is complete. Inputs of which
+    one trains on a document whose tokens another holds out are refused; what nearly equals one is not found.
     """
     paths, options = _words("merge", argv, None, ("out", "tokenizer"))
     if not paths or "out" not in options:

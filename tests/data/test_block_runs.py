@@ -160,6 +160,10 @@ def test_what_would_cut_a_run_is_refused_with_the_nearest() -> None:
     ]:
         with pytest.raises(UsageError, match=message):
             sampler.extend([event], {})
+    added = Event(12, "user", "", sources={"c": AddedSource("data/c", "00")})
+    with pytest.raises(UsageError, match=r"data.sources.c: has less than one run of 4 blocks .* or leave it out"):
+        sampler.extend([added], {"c": 3})
+    sampler.extend([added], {"c": 4})
     with pytest.raises(UsageError, match=r"train.batch_ramp: 3 steps of 8 tokens .* whole groups of 2 .*; nearest: 32"):
         Steps(block_tokens=4, batch_tokens=16, seq_len=4, batch_ramp=[(0, 8), (24, 16)], run_blocks=2)
     rounded = Steps(block_tokens=4, batch_tokens=16, seq_len=4, batch_ramp=[(0, 8), (32, 16)], run_blocks=2)

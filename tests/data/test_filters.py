@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -31,17 +35,32 @@ TEXTS = st.lists(
 )
 
 
+def plain_words(text: str) -> list[str]:
+    text = unicodedata.normalize("NFC", text).lower()
+    alone = "".join(map(chr, itertools.chain(*(range(a, b + 1) for a, b in words.WITHOUT_SPACES))))
+    marked = "".join(c if unicodedata.category(c)[0] in "LNM" or c == "_" or re.match(r"\w", c) else " " for c in text)
+    return re.findall(f"[{alone}]|[^{alone} ]+", marked)
+
+
+def test_a_character_is_a_word_where_no_blanks_are() -> None:
+    counts = {
+        "你好\uff0c世界 abc": 5, "ab你cd": 3, "こん カナ": 4, "กี่กา": 5, "Cafe\u0301 au": 2, "हिन्दी भाषा": 2,
+        "русский язык": 2, "한국어 말": 2,
+    }  # fmt: skip
+    assert {text: int(words_of([text]).starts[1]) for text in counts} == counts
+
+
 @given(TEXTS, st.integers(1, 4), st.sampled_from([4, 7, 1 << 20]))
 @settings(max_examples=150, deadline=None)
 def test_runs_are_those_of_the_words_of_each_text(texts: list[str], length: int, at_once: int) -> None:
     """Equal hashes exactly where the runs are equal, whatever is hashed together."""
     before = words.MAX_LENGTH
-    words.MAX_LENGTH = max(at_once, max((len(text.lower()) for text in texts), default=0))
+    words.MAX_LENGTH = max(at_once, max((len(unicodedata.normalize("NFC", text).lower()) for text in texts), default=0))
     try:
         runs = runs_of(words_of(texts), length)
     finally:
         words.MAX_LENGTH = before
-    own = [re.findall(r"\w+", text.lower()) for text in texts]
+    own = [plain_words(text) for text in texts]
     expected = [tuple(text[i : i + length]) for text in own for i in range(len(text) - length + 1)]
     assert np.diff(runs.starts).tolist() == [max(len(text) - length + 1, 0) for text in own]
     assert (
@@ -129,9 +148,26 @@ def test_evaluations_are_read_as_they_lie(tmp_path: Path, make_text: Text) -> No
     assert hits(f"Before. {question.upper()}, One, two!") == ["x_test.csv"] and hits(question) == []
     assert hits("x " + " ".join(long.split()[5:18])) == ["e.jsonl"] and hits(" ".join(long.split()[5:17])) == []
     (tmp_path / "bad.jsonl").write_text("{\n", encoding="utf-8")
-    for path, message in (("bad.jsonl", "bad.jsonl:1: malformed JSON"), ("none", "none: no .csv, .jsonl, .txt files")):
+    for path, message in (
+        ("bad.jsonl", "bad.jsonl:1: malformed JSON"),
+        ("none", "none: no .csv, .jsonl, .parquet, .txt files"),
+    ):
         with pytest.raises(DataError, match=message):
             decontaminate.read_evaluations(str(tmp_path / path))
+
+
+def test_parquet_is_read_and_what_is_not_read_is_refused(tmp_path: Path, make_text: Text) -> None:
+    question = make_text(1, 20)
+    pyarrow.parquet.write_table(pyarrow.table({"question": [question], "answer": [1]}), tmp_path / "x.parquet")
+    (tmp_path / "e.txt").write_text(make_text(3, 20), encoding="utf-8")
+    (tmp_path / "README.md").write_text("about", encoding="utf-8")
+    found = decontaminate.read_evaluations(str(tmp_path))
+    hits = found.found(runs_of(words_of([f"x {question}"]), decontaminate.RUN).hashes)
+    assert [Path(found.file_of_text(i)).name for i in hits] == ["x.parquet"]
+    (tmp_path / "y.jsonl.gz").write_bytes(b"")
+    for path in (tmp_path, tmp_path / "README.md"):
+        with pytest.raises(DataError, match=r"only .csv, .jsonl, .parquet, .txt are read; convert it"):
+            decontaminate.read_evaluations(str(path))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -151,9 +187,11 @@ def test_every_filter_reports_what_it_left_out(
         tmp_path / "b.jsonl", [{"text": " ".join([*base[7].split()[:-1], "end"])}, {"text": PROSE}, {"text": "x"}]
     )
     sources = {"a": SourceOptions(a, near_duplicates=True), "b": SourceOptions(b, near_duplicates=True, quality=True)}
-    out, tokenizer = tmp_path / "out", str(prepared / "tokenizer.json")
+    out, tokenizer = tmp_path / "out", tmp_path / "tokenizer.json"  # away from what is held out beside it
+    shutil.copy(prepared / "tokenizer.json", tokenizer)
+    shutil.copy(prepared / "tokenizer_config.json", tmp_path)
     cfg = PrepareConfig(
-        str(out), tokenizer, sources, heldout=0.0, workers=workers, decontaminate=str(tmp_path / "exam.txt")
+        str(out), str(tokenizer), sources, heldout=0.0, workers=workers, decontaminate=str(tmp_path / "exam.txt")
     )
     prepare(cfg)
     steps = {name: {row["step"]: row for row in Manifest.read(out / name).pipeline} for name in "ab"}

@@ -68,3 +68,14 @@ def test_a_state_that_is_not_json_is_loud_at_the_start() -> None:
     broken.seen = 3
     with pytest.raises(TypeError, match="not JSON serializable"):
         Guarded(broken, "mine", print)
+
+
+def test_a_policy_that_exits_is_given_up_too() -> None:
+    class Quitting(Counting):
+        def observe(self, step: int, tokens: Mapping[str, float], bits: Mapping[str, float]) -> None:
+            raise SystemExit(3)
+
+    told: list[str] = []
+    policy = Guarded(Quitting(""), "mine", told.append)
+    policy.observe(1, {}, {})
+    assert policy.failed and "SystemExit: 3" in told[0]

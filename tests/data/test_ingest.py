@@ -20,9 +20,7 @@ import tokenizers
 from lmtrain.data.ingest import ingest, reading
 from lmtrain.data.ingest.encoding import Encoded, Encoder, Marked
 from lmtrain.data.ingest.filters.exact import text_digest
-from lmtrain.data.ingest.filters.words import Known
 from lmtrain.data.ingest.ingest import PrepareConfig, prepare
-from lmtrain.data.ingest.overlap import overlap, shingles
 from lmtrain.data.ingest.reading import SourceOptions
 from lmtrain.data.store.manifest import Manifest, verify
 from lmtrain.data.store.store import Store
@@ -35,11 +33,14 @@ Text = Callable[[int, int], str]
 
 @pytest.fixture
 def config(tmp_path: Path, prepared: Path) -> Callable[..., PrepareConfig]:
-    """``config(name=path, ..., heldout=0.2)``, with the tokenizer of ``prepared``."""
+    """``config(name=path, ..., heldout=0.2)``, with the tokenizer of ``prepared``, away from what is held out there."""
+    (tmp_path / "alone").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(prepared / name, tmp_path / "alone")
 
     def build(heldout: float = 0.2, **paths: str) -> PrepareConfig:
         sources = {name: SourceOptions(path) for name, path in paths.items()}
-        tokenizer = str(prepared / "tokenizer.json")
+        tokenizer = str(tmp_path / "alone" / "tokenizer.json")
         return PrepareConfig(out=str(tmp_path / "out"), tokenizer=tokenizer, heldout=heldout, sources=sources)
 
     return build
@@ -110,15 +111,6 @@ def test_near_duplicates_of_heldout_text_are_not_trained_on(
     kept = texts(tmp_path / "out" / "a", "train") + texts(tmp_path / "out" / "a", "heldout")
     assert len(sides) == 3 and removed(tmp_path / "out" / "a")["near_duplicate_of_heldout"] == 1
     assert near["text"] not in kept and half["text"] in kept and near_train["text"] in kept
-
-
-def test_overlap_is_the_share_of_known_shingles(make_text: Text) -> None:
-    text = make_text(1, 112)
-    known = Known(np.unique(shingles([text]).hashes))
-    half = " ".join(text.split()[:62]) + " " + make_text(3, 50)
-    assert len(known) == 100
-    assert overlap([text, make_text(2, 112), half, "few words", ""], known).tolist() == [1, 0, 0.5, 0, 0]
-    assert overlap([text], Known(known.hashes[:0])).tolist() == [0]
 
 
 def test_ids_keep_what_belongs_together_on_one_side(

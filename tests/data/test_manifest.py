@@ -94,7 +94,7 @@ def test_a_change_in_any_byte_of_a_prepared_index_is_found(folder: Path) -> None
     for at in range(len(whole)):
         for value in (1, 128, 255):
             (folder / "train.idx").write_bytes(whole[:at] + bytes([whole[at] ^ value]) + whole[at + 1 :])
-            with pytest.raises(DataError, match=r"train.idx: differs from the manifest; see .* verify"):
+            with pytest.raises(DataError, match=r"train.idx: differs from the manifest; restore .* verify FOLDER"):
                 open_split(folder, "train", read)
 
 

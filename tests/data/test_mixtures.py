@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from lmtrain.data.config import DataConfig, SourceConfig
 from lmtrain.data.order.weights import integer_weights
 from lmtrain.data.policies.config import Kind, PolicyConfig, StageConfig
-from lmtrain.data.policies.epochs import check_epochs, effective_tokens
+from lmtrain.data.policies.epochs import check_epochs, check_supply, effective_tokens
 from lmtrain.data.policies.limits import Limited, between
 from lmtrain.data.policies.make import POLICIES, make
 from lmtrain.data.policies.policy import MixPolicy, Progress, Run, total_variation
@@ -201,6 +201,16 @@ def test_a_stage_is_proposed_once_and_leaves_a_person_alone_in_between() -> None
     assert policy.propose(3, progress(by_hand, done=502, proposed=late)) is None
 
 
+def test_the_last_stage_of_ramps_is_proposed_where_it_begins() -> None:
+    """Also where the run ends before ``every`` steps have passed."""
+    policy = staged("linear", {"late": StageConfig(at=500, weights={"code": 1.0})})
+    first = {"code": 1, "docs": 1}
+    assert policy.every > 3
+    assert policy.propose(1, progress(first, done=499, proposed=first)) is None
+    assert policy.propose(2, progress(first, done=500, proposed=first)) == {"code": 1.0}
+    assert policy.propose(3, progress(first, done=502, proposed={"code": 4096})) is None
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_what_stages_will_propose_is_known(data: st.DataObject) -> None:
@@ -250,6 +260,8 @@ def with_synthetic(policy: PolicyConfig, weight: float = 0.1) -> DataConfig:
         (lambda: PolicyConfig(floor=0.5, cap=0.5), "floor: must be"),
         (lambda: PolicyConfig(every=0), "every: must be"),
         (lambda: StageConfig(at=1, weights={"a": 1.0}), "at: must be"),
+        (lambda: StageConfig(at=1.5, weights={"a": 1.0}), "at: must be whole tokens"),
+        (lambda: StageConfig(at=math.nan, weights={"a": 1.0}), "at: must be"),
         (lambda: StageConfig(at=5, weights={"a": 0.0}), "weights: every weight is 0"),
         (lambda: make(PolicyConfig("ado", floor=0.4), THIRDS, RUN), "at most 0.3333"),
         (lambda: make(PolicyConfig(), {"a": 0.0}, RUN), "every weight is 0"),
@@ -275,6 +287,19 @@ def test_epochs() -> None:
     ]
     with pytest.raises(UsageError, match=r"data.sources.a: the run needs 1,700 tokens, it has 100 \(17.0 epochs"):
         check_epochs({"a": 1700}, {"a": 100}, 16)
+
+
+def test_epochs_of_a_mixture_that_is_not_known() -> None:
+    have = {"a": 100, "b": 300}
+    assert [check_supply(total, have, 16) for total in (0, 1600)] == [[], []]
+    worth = effective_tokens(400, 6400)
+    assert check_supply(6400, have, 16) == [
+        f"all sources are read 16.0 times: 6,400 tokens worth about {worth:,.0f} new ones"
+    ]
+    with pytest.raises(UsageError, match=r"needs 6,401 tokens, a, b have 400 together \(16.0 epochs, .* is 16\)"):
+        check_supply(6401, have, 16)
+    with pytest.raises(UsageError, match=r"a have 0 together \(inf epochs"):
+        check_supply(1, {"a": 0}, 1e9)
 
 
 def test_every_kind_has_its_policy() -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from lmtrain.data.ingest.reading import Chunk, Line, SourceOptions
 from lmtrain.data.processes import Workers
-from lmtrain.errors import DataError
+from lmtrain.errors import DataError, StorageError
 
 PARENT = """
 import os, sys
@@ -40,6 +40,21 @@ def test_a_worker_ends_when_its_parent_is_killed() -> None:
     assert os.read(ours, 1) == b""  # the worker held the other end: it is gone
     for end in (ours, stdin, keep_open):
         os.close(end)
+
+
+def kill_own_process(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_killed_worker_is_one_line() -> None:
+    with Workers(2, "lmtrain.data.ingest.reading") as workers:
+        results = workers.ordered(kill_own_process, ((i, i) for i in range(9)))
+        with pytest.raises(StorageError, match=r"^one of 2 worker processes was killed.* memory .*workers=1$"):
+            list(results)
+        with pytest.raises(StorageError, match="was killed"):
+            list(workers.ordered(abs, iter([(0, 0)])))
 
 
 def test_workers_do_one_kind_of_work_after_another_and_give_errors_in_order() -> None:

@@ -17,13 +17,14 @@ def rows(path: Path) -> list[dict[str, object]]:
 
 
 def test_domains_ids_and_sides(tmp_path: Path) -> None:
-    sizes = write_python_corpus(tmp_path / "once")
-    assert set(sizes) == {"code", "reference", "cheaders"}
+    domains = write_python_corpus(tmp_path / "once")["domains"]
+    assert set(domains) == {"code", "reference", "cheaders"}
     code, reference = rows(tmp_path / "once" / "code.jsonl"), rows(tmp_path / "once" / "reference.jsonl")
     ids = [str(row["id"]) for row in code]
     assert ids == sorted(ids) and len(ids) > 300 and "asyncio/base_events.py" in ids
     assert not any("test" in name.split("/") or "site-packages" in name.split("/") for name in ids)
-    assert sizes["code"] == (len(code), sum(len(str(row["text"]).encode()) for row in code))
+    size = sum(len(str(row["text"]).encode()) for row in code)
+    assert (domains["code"]["documents"], domains["code"]["bytes_of_text"]) == (len(code), size)
     assert max(len(str(row["text"]).encode()) for row in code) <= 200_000
     docstrings = [row for row in reference if row.get("train_only")]
     assert len(docstrings) > 1000 and {row["id"] for row in docstrings} <= set(ids)
@@ -32,10 +33,11 @@ def test_domains_ids_and_sides(tmp_path: Path) -> None:
 
 
 def test_same_python_same_text(tmp_path: Path) -> None:
-    write_python_corpus(tmp_path / "a")
-    write_python_corpus(tmp_path / "b")
-    for name in ("code", "reference", "cheaders"):
-        assert (tmp_path / "a" / f"{name}.jsonl").read_bytes() == (tmp_path / "b" / f"{name}.jsonl").read_bytes()
+    made = write_python_corpus(tmp_path / "a")
+    assert write_python_corpus(tmp_path / "b") == made == json.loads((tmp_path / "a" / "SOURCES.json").read_text())
+    assert len(made["digest"]) == 32
+    for name in ("code.jsonl", "reference.jsonl", "cheaders.jsonl", "SOURCES.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_a_python_without_its_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,10 +181,29 @@ def test_shares_are_exact_between_any_events(read: Read) -> None:
         for i, name in enumerate(read.sampler.names):
             share = weights.get(name, 0) / sum(weights.values())
             error = np.cumsum(source == i) - np.arange(1, len(source) + 1) * share
-            # a stage opened by a skip begins inside the word: its count is a difference of two that are exact to 1
+            # counted from a skip on, that is a difference of two counts, each exact to 1 since the weights were set
             assert np.abs(error).max(initial=0) < (2 if not event.weights else 1)
             if len(source):
                 assert read.sampler.shares(event.first_block)[name] == pytest.approx(share)
+
+
+@settings(max_examples=80, deadline=None)
+@given(schedules())
+def test_counts_are_exact_since_the_weights_in_force(read: Read) -> None:
+    """To less than one block at every block, what is skipped being counted as read."""
+    ordered = sorted(read.events, key=lambda event: event.first_block)
+    sets = [number for number, event in enumerate(ordered) if event.weights]
+    for number, following in zip(sets, [*sets[1:], len(ordered)], strict=True):
+        event = ordered[number]
+        stop = ordered[following].first_block if following < len(ordered) else 900
+        then = Sampler(read.sampler.seed, ScheduleLog(ordered[: number + 1]), read.sampler.windows)
+        before = then.counts(event.first_block)
+        for k in {*range(event.first_block, stop, 7), *(one.first_block for one in ordered[number:following])}:
+            skipped = sum(one.skip for one in ordered[number + 1 : following] if one.first_block <= k)
+            for name, count in read.sampler.counts(k).items():
+                share = event.weights.get(name, 0) / sum(event.weights.values())
+                if event.first_block <= k < stop:
+                    assert abs(count - before[name] - (k - event.first_block + skipped) * share) < 1
 
 
 @settings(max_examples=120, deadline=None)

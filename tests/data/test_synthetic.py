@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,16 @@ def wanders(seed: int, index: int) -> list[int]:
 
 
 CALLS: list[int] = []
+
+
+@document_function
+def uneven(seed: int, index: int) -> list[list[int]]:
+    return [[1, 2], [3]]
+
+
+@document_function
+def quits(seed: int, index: int) -> list[int]:
+    raise SystemExit(3)
 
 
 @document_function
@@ -195,11 +206,14 @@ def test_a_function_is_named_by_what_it_makes() -> None:
         ("lmtrain.eval.prob.mqar:mqar", {}, UsageError, "did you mean probes"),
         (f"{HERE}:raged", {}, UsageError, "did you mean ragged"),
         ("os:kill", {}, UsageError, "not a function that makes documents; mark it with @document_function"),
+        ("unittest.mock:call", {}, UsageError, "not a function that makes documents"),
         (f"{HERE}:ragged", {}, UsageError, "arguments: .*longest"),
         (f"{HERE}:ragged", {"longest": 9, "lenght": 1}, UsageError, "lenght"),
         (f"{HERE}:floats", {}, DataError, "expected at least two integers"),
         (f"{HERE}:one", {}, DataError, "expected at least two integers"),
         (f"{HERE}:huge", {}, DataError, "2147483648 does not fit into 32 bits"),
+        (f"{HERE}:uneven", {}, DataError, "document 0: ValueError: .*inhomogeneous"),
+        (f"{HERE}:quits", {}, DataError, "document 0: SystemExit: 3"),
         (f"{HERE}:late", {}, DataError, "expected one label for each token, and -100 for the last"),
     ],
 )
@@ -208,6 +222,13 @@ def test_wrong_functions_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         SyntheticBlocks(DocumentFunction("made", name, arguments), 63, 0)
+
+
+def test_a_module_that_is_a_script_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_script.py").write_text("raise SystemExit(3)\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UsageError, match=r"data.sources.made.synthetic: a_script:main: SystemExit: 3"):
+        DocumentFunction("made", "a_script:main").digest()
 
 
 def test_an_error_in_a_function_names_the_document() -> None:

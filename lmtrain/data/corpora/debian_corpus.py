@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import logging
 import os
 import re
@@ -18,18 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import xxhash
-
 from lmtrain.data.corpora.debian_text import dictionary_entries, html_text, roff_text
-from lmtrain.data.corpora.jsonl import write_jsonl
-from lmtrain.data.ingest.shards import made_durably
-from lmtrain.data.store.manifest import file_digest
+from lmtrain.data.corpora.jsonl import write_corpus
 from lmtrain.errors import DataError
 
 MAX_CODE_BYTES = 200_000
 """Larger files of code are generated tables."""
 MIN_CHARACTERS = 64
-FORMAT_VERSION = 1
 
 log = logging.getLogger(__name__)
 
@@ -88,26 +82,15 @@ def write_debian_corpus(out: str | Path, packages: Sequence[Package] = PACKAGES)
             f"{debs}: none of {', '.join(missing)} can be had with apt-get download (Debian's network out of reach, or "
             "no Debian); put their .deb files there and run again"
         )
-    domains: dict[str, Any] = {}
-    for domain in dict.fromkeys(package.domain for package in packages):
-        chosen = [(package, found[package.name]) for package in packages if package.domain == domain]
-        documents = (row for package, deb in chosen if deb is not None for row in _documents(package, deb, out))
-        count, size = write_jsonl(out / f"{domain}.jsonl", documents)
-        domains[domain] = {
-            "documents": count, "bytes_of_text": size, "xxh3_128": file_digest(out / f"{domain}.jsonl")
-        }  # fmt: skip
-        log.info("%s: %d documents, %.1f MB", domain, count, size / 1e6)
     used = {package.name: package.licence for package in packages if found[package.name] is not None}
-    sources = {
-        "format_version": FORMAT_VERSION,
-        "digest": xxhash.xxh3_128_hexdigest(json.dumps(domains, sort_keys=True).encode()),
-        "domains": domains,
-        "packages": [_described(found[name], licence) for name, licence in used.items()],
-        "missing": missing,
-    }
-    with made_durably(out / "SOURCES.json") as file:
-        file.write((json.dumps(sources, indent=1) + "\n").encode())
-    return sources
+    made_from = {"packages": [_described(found[name], licence) for name, licence in used.items()], "missing": missing}
+
+    def domains() -> Iterator[tuple[str, Iterator[dict[str, Any]]]]:
+        for domain in dict.fromkeys(package.domain for package in packages):
+            chosen = [(package, found[package.name]) for package in packages if package.domain == domain]
+            yield domain, (row for package, deb in chosen if deb is not None for row in _documents(package, deb, out))
+
+    return write_corpus(out, domains(), made_from)
 
 
 def _deb(name: str, debs: Path) -> Path | None:

@@ -10,13 +10,14 @@ import ast
 import logging
 import os
 import re
+import sys
 import sysconfig
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lmtrain.data.corpora.jsonl import write_jsonl
+from lmtrain.data.corpora.jsonl import write_corpus
 from lmtrain.errors import DataError
 
 MAX_BYTES = 200_000
@@ -29,8 +30,8 @@ SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__py
 log = logging.getLogger(__name__)
 
 
-def write_python_corpus(out: str | Path) -> dict[str, tuple[int, int]]:
-    """Write ``out/{code,reference,cheaders}.jsonl``; returns documents and UTF-8 bytes of each."""
+def write_python_corpus(out: str | Path) -> dict[str, Any]:
+    """Write ``out/{code,reference,cheaders}.jsonl`` and ``out/SOURCES.json``; returns the content of the latter."""
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     library = Path(sysconfig.get_path("stdlib"))
@@ -48,7 +49,7 @@ def write_python_corpus(out: str | Path) -> dict[str, tuple[int, int]]:
     if not headers:
         log.warning("%s: no C headers there; cheaders.jsonl stays empty", include)
     domains = {"code": code, "reference": _topics() + docstrings, "cheaders": headers}
-    return {name: write_jsonl(out / f"{name}.jsonl", documents) for name, documents in domains.items()}
+    return write_corpus(out, domains.items(), {"python": sys.version.split()[0], "licence": "PSF"})
 
 
 def _files(root: Path, suffix: str) -> Iterator[tuple[str, str]]:

@@ -12,13 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lmtrain.data.ingest.filters.words import Known
 from lmtrain.data.ingest.fim import FimTokens, rearranged
-from lmtrain.data.ingest.overlap import THRESHOLD, overlap
+from lmtrain.data.ingest.overlap import Comparison, HeldoutText, heldout_text
 from lmtrain.data.ingest.reading import Chunk, Document
 from lmtrain.data.ingest.selection import HELDOUT, TRAIN, VERDICTS, Selection
 from lmtrain.data.ingest.shards import made_durably
-from lmtrain.data.ingest.survey import heldout_text
 from lmtrain.data.store.store import StoreWriter
 from lmtrain.data.tokenizer import Tokenizer
 
@@ -104,7 +102,7 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """tokenizer, eod: to load. fast: by its faster engine. heldout: file of the shingles of held-out text. fim: share
+    """tokenizer, eod: to load. fast: by its faster engine. heldout: folder of the HeldoutText. fim: share
     of the documents of a source, by name. checked: likewise, share of the documents that are decoded and compared."""
 
     tokenizer: str
@@ -126,7 +124,7 @@ class Encoder:
         if settings.fast and tokenizer is None:
             self.tokenizer.accelerate()
         self.marks = FimTokens.of(self.tokenizer) if any(settings.fim.values()) else None
-        self.known = Known(np.load(settings.heldout))
+        self.comparison = Comparison(HeldoutText.read(Path(settings.heldout)))
         self.byte_tokens = self.tokenizer.byte_tokens()
 
     def __reduce__(self) -> tuple[type[Encoder], tuple[EncoderSettings]]:
@@ -150,10 +148,8 @@ class Encoder:
     def _staying(self, task: Marked, documents: list[Document], counts: Counts) -> list[int]:
         """Numbers of the documents that become tokens; examples of the others go to ``counts``."""
         train = np.flatnonzero(task.verdicts == TRAIN).tolist()
-        near: set[int] = set()
-        if len(self.known):
-            shares = overlap([documents[number].text for number in train], self.known)
-            near = {train[i] for i in np.flatnonzero(shares >= THRESHOLD)}
+        found = self.comparison.near([documents[number].text for number in train])
+        near = {train[i] for i in np.flatnonzero(found)}
         counts.near = len(near)
         left_out = [(number, NEAR_HELDOUT) for number in sorted(near)]
         left_out += [(i, VERDICTS[task.verdicts[i]]) for i in np.flatnonzero(task.verdicts > HELDOUT).tolist()]

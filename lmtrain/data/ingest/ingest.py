@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import xxhash
 import lmtrain
 from lmtrain.data.counted import counted
 from lmtrain.data.ingest.assembly import join, shuffle
+from lmtrain.data.ingest.elsewhere import folders_elsewhere, names_of, prepared_among, read_elsewhere
 from lmtrain.data.ingest.encoding import (
     NEAR_HELDOUT,
     ROUND_TRIPS,
@@ -35,7 +36,7 @@ from lmtrain.data.ingest.encoding import (
 from lmtrain.data.ingest.filters.decontaminate import evaluation_files, read_evaluations
 from lmtrain.data.ingest.fim import NAMES as FIM_NAMES
 from lmtrain.data.ingest.fim import FimTokens
-from lmtrain.data.ingest.overlap import SHINGLE, THRESHOLD
+from lmtrain.data.ingest.overlap import SHINGLE, THRESHOLD, HeldoutText
 from lmtrain.data.ingest.reading import Chunk, SourceOptions, inputs_digest, read_documents
 from lmtrain.data.ingest.selection import RULE, TRAIN, Selection, select
 from lmtrain.data.ingest.shards import made_durably, run_pass
@@ -43,15 +44,15 @@ from lmtrain.data.ingest.survey import survey
 from lmtrain.data.ingest.tokenizer_training import make_tokenizer, to_train
 from lmtrain.data.processes import Workers
 from lmtrain.data.progress import Progress
-from lmtrain.data.store.arrays import write_array
+from lmtrain.data.store.apart import STEP, kept_out
 from lmtrain.data.store.manifest import HeldoutEntry, Manifest, TokenizerEntry, file_digest, file_entries
 from lmtrain.data.store.store import sync_folder
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, StorageError, UsageError
 
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 """Raised whenever equal inputs would give another output."""
-WORK_VERSION = 2
+WORK_VERSION = 3
 """Raised whenever the files of unfinished work hold something else."""
 TOKENIZER_BYTES = 1 << 28
 """Text a tokenizer is trained on, at most; a share of every source, chosen by the hash of the text."""
@@ -80,7 +81,9 @@ class PrepareConfig:
     eod: str | None = None
     """Text of the end-of-document token; default: the tokenizer's own."""
     decontaminate: str = ""
-    """Evaluation files or folders (.csv, .jsonl, .txt; comma between): what shares 13 words in a row is left out."""
+    """Evaluation files or folders (.csv, .jsonl, .parquet, .txt; comma between): what shares 13 words in a row is left
+    out. Or prepared folders: what is held out there, nearly, or holds it, is left out, as it is of those in `out` and
+    beside the tokenizer without being named."""
     seed: int = 0
     """Of what is drawn per document: which are rearranged by fim_rate, and where they are cut."""
     overwrite: bool = False
@@ -95,15 +98,18 @@ def prepare(cfg: PrepareConfig) -> tuple[dict[str, Manifest], bool]:
     """
     _check(cfg)
     out = Path(cfg.out)
-    inputs = _inputs(cfg)
+    settings = _settings(cfg)
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _locked(out):
-            done = _existing(cfg, out, inputs)
-            work = _work(out, None if done is not None else inputs)
+            done = _existing(cfg, out, settings)
             if done is not None:
+                _work(out, None)
                 return done, False
-            manifests = _build(cfg, work, inputs)
+            elsewhere = folders_elsewhere(prepared_among(cfg.decontaminate)[1], out, list(cfg.sources), cfg.tokenizer)
+            inputs = _digest(settings, names_of(elsewhere))
+            work = _work(out, inputs)
+            manifests = _build(cfg, work, inputs, elsewhere)
             _publish(out, work, manifests)
             return manifests, True
     except OSError as error:
@@ -148,20 +154,26 @@ def _marks(cfg: PrepareConfig) -> tuple[str, ...]:
     return FIM_NAMES[0] if any(options.fim_rate for options in cfg.sources.values()) else ()
 
 
-def _inputs(cfg: PrepareConfig) -> str:
-    """Digest of all that decides the output."""
+def _settings(cfg: PrepareConfig) -> list[object]:
+    """All that decides the output but for what was held out elsewhere; no path does."""
     tokenizer = cfg.tokenizer if to_train(cfg.tokenizer) else Tokenizer.load(cfg.tokenizer, cfg.eod).fingerprint
-    sources = {name: [asdict(options), inputs_digest(options)] for name, options in cfg.sources.items()}
-    evaluations = [[str(path), file_digest(path)] for path in evaluation_files(cfg.decontaminate)]
-    parts = [PIPELINE_VERSION, tokenizer, cfg.eod, cfg.heldout, cfg.seed, evaluations, list(sources.items())]
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+    sources = {name: [asdict(replace(each, path="")), inputs_digest(each)] for name, each in cfg.sources.items()}
+    files = evaluation_files(prepared_among(cfg.decontaminate)[0])
+    evaluations = [[path.name, file_digest(path)] for path in files]
+    return [PIPELINE_VERSION, tokenizer, cfg.eod, cfg.heldout, cfg.seed, evaluations, list(sources.items())]
 
 
-def _existing(cfg: PrepareConfig, out: Path, inputs: str) -> dict[str, Manifest] | None:
+def _digest(settings: list[object], elsewhere: list[dict[str, str]]) -> str:
+    """``Manifest.inputs``. elsewhere: by name and digest, what was held out in other calls."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([*settings, [row["heldout"] for row in elsewhere]]).encode())
+
+
+def _existing(cfg: PrepareConfig, out: Path, settings: list[object]) -> dict[str, Manifest] | None:
     """The manifests if all is done, None if there is work to do; UsageError if that would replace other data."""
     there = [name for name in cfg.sources if (out / name).exists()]
     manifests = {name: Manifest.read(out / name) for name in there if (out / name / "manifest.json").exists()}
-    same = [name for name, manifest in manifests.items() if manifest.inputs == inputs]
+    # What came to lie beside them later does not make them others.
+    same = [name for name, made in manifests.items() if made.inputs == _digest(settings, kept_out(made))]
     tokenizer = next((path for path in (out / "tokenizer.json", out / "tokenizer.model") if path.exists()), None)
     if len(same) == len(cfg.sources) and tokenizer is not None:
         return manifests
@@ -192,7 +204,7 @@ def _difference(cfg: PrepareConfig, name: str, manifests: Mapping[str, Manifest]
         f"sources.{name}.path": (made.uri, options.path),
     }
     found = [f"{key}: was {was}, is {now}" for key, (was, now) in pairs.items() if was != now]
-    return ", ".join(found) or "its text, the set of sources, or another setting"
+    return ", ".join(found) or "its text, the set of sources, another setting, or another version of lmtrain"
 
 
 def _adding(cfg: PrepareConfig, tokenizer: Path | None) -> str:
@@ -206,16 +218,18 @@ def _same_file(a: Path, b: Path) -> bool:
     return b.is_file() and a.read_bytes() == b.read_bytes()
 
 
-def _build(cfg: PrepareConfig, work: Path, inputs: str) -> dict[str, Manifest]:
+def _build(cfg: PrepareConfig, work: Path, inputs: str, elsewhere: list[Path]) -> dict[str, Manifest]:
     """Everything, inside ``work``; what an earlier run finished there is used."""
     with Workers(cfg.workers, Encoder.__module__) as workers:
-        return _build_with(workers, cfg, work, inputs)
+        return _build_with(workers, cfg, work, inputs, elsewhere)
 
 
-def _build_with(workers: Workers, cfg: PrepareConfig, work: Path, inputs: str) -> dict[str, Manifest]:
-    evaluations = read_evaluations(cfg.decontaminate)
+def _build_with(
+    workers: Workers, cfg: PrepareConfig, work: Path, inputs: str, elsewhere: list[Path]
+) -> dict[str, Manifest]:
+    evaluations = read_evaluations(prepared_among(cfg.decontaminate)[0])
     facts = survey(cfg.sources, cfg.heldout, evaluations, workers, work / "survey")
-    selections, known = select(facts, evaluations)
+    selections, heldout = select(facts, evaluations, read_elsewhere(elsewhere))
     del facts
     for name, selection in selections.items():
         if not selection.train_bytes:
@@ -227,11 +241,16 @@ def _build_with(workers: Workers, cfg: PrepareConfig, work: Path, inputs: str) -
         if cfg.heldout and not selection.hashes:
             log.warning("%s: nothing held out (%s); raise heldout, or give more documents", name, _counts(selection))
     tokenizer = make_tokenizer(cfg.tokenizer, cfg.eod, _marks(cfg), _training_text(cfg, selections), work)
-    with made_durably(work / "heldout.npy") as file:
-        write_array(file, known)
+    (work / "heldout").mkdir(exist_ok=True)
+    for name in HeldoutText._fields:
+        with made_durably(work / "heldout" / f"{name}.npy") as file:
+            heldout.write(name, file)
     encoder = Encoder(_encoder_settings(cfg, work, selections, tokenizer), tokenizer)
     paths = _encode(cfg, work, selections, encoder, workers)
-    return {name: _assemble(cfg, name, work, inputs, selections[name], tokenizer, paths[name]) for name in cfg.sources}
+    kept: list[dict[str, object]] = [{"step": STEP, "sources": names_of(elsewhere)}] if elsewhere else []
+    return {
+        name: _assemble(cfg, name, work, inputs, selections[name], tokenizer, paths[name], kept) for name in cfg.sources
+    }
 
 
 def _training_text(cfg: PrepareConfig, selections: Mapping[str, Selection]) -> Iterator[str]:
@@ -258,7 +277,7 @@ def _encoder_settings(
         log.info("tokenizing with %s: %s", type(tokenizer).__name__, reason)
     checked = {name: min(ROUND_TRIPS / len(selections[name].verdicts), 1.0) for name in cfg.sources}
     fim = {name: options.fim_rate for name, options in cfg.sources.items()}
-    heldout = str(work / "heldout.npy")
+    heldout = str(work / "heldout")
     return EncoderSettings(tokenizer.path, tokenizer.eod, reason is None, heldout, fim, checked, cfg.seed)
 
 
@@ -291,6 +310,7 @@ def _assemble(
     selection: Selection,
     tokenizer: Tokenizer,
     paths: list[Path],
+    kept_apart: list[dict[str, object]],
 ) -> Manifest:
     """One source's stores from its shards, into ``work/name``, complete with its manifest."""
     options, folder, counts = cfg.sources[name], work / name, read_counts(paths)
@@ -303,7 +323,9 @@ def _assemble(
     if share > MAX_BYTE_TOKENS:
         log.warning("%s: %.0f %% of the tokens are parts of characters; another tokenizer suits it", name, 100 * share)
     if not counts.train_bytes:
-        raise DataError(f"sources.{name}: every training document nearly equals a held-out one; lower heldout")
+        raise DataError(
+            f"sources.{name}: every training document nearly equals, or holds, a held-out one; lower heldout"
+        )
     folder.mkdir(exist_ok=True)
     shuffle([path.with_suffix(".train") for path in paths], folder / "train", tokenizer.vocab_size, name)
     join([path.with_suffix(".heldout") for path in paths], folder / "heldout", tokenizer.vocab_size)
@@ -326,6 +348,7 @@ def _assemble(
             *({"step": step, "removed": count} for step, count in selection.removed.items()),
             *([{"step": "evaluations", "found": selection.found}] if selection.found else []),
             *([{"step": "heldout", **selection.ids._asdict()}] if selection.ids.of else []),
+            *kept_apart,
             {"step": NEAR_HELDOUT, "removed": counts.near, "words": SHINGLE, "threshold": THRESHOLD},
             *([{"step": "fim", "documents": counts.rearranged, "seed": cfg.seed}] if options.fim_rate else []),
             {"step": "round_trip", "documents": counts.checked, "differ": counts.differ},

@@ -89,12 +89,12 @@ def _rows(options: SourceOptions) -> Iterator[Document | Line]:
     if files is None:
         yield from _from_rows(_hub_rows(options), options, options.path)
         return
-    root = Path(options.path) if os.path.isdir(options.path) else _fixed_part(options.path)
+    root = _root(options.path)
     for path in files:
         if path.name.endswith(JSON_LINES):
             yield from _json_lines(path)
         elif path.suffix in BUILDERS:
-            yield from _from_rows(_file_rows(path), options, str(path))
+            yield from _from_rows(file_rows(path), options, str(path))
         else:
             _check_size(path.stat().st_size, str(path))
             yield Document(_decode(path.read_bytes(), path, 0), path.relative_to(root).as_posix(), False, str(path))
@@ -160,15 +160,22 @@ def total_bytes(sources: Mapping[str, SourceOptions]) -> int | None:
 
 
 def inputs_digest(options: SourceOptions) -> str:
-    """xxh3-128 over names and contents of the input files; of a hub dataset, over its name."""
-    digest = xxhash.xxh3_128()
-    for path in find_files(options.path) or []:
-        digest.update(f"{path.as_posix()}\0{path.stat().st_size}\0{file_digest(path)}\n".encode())
+    """xxh3-128 over names, as ids count them, and contents of the input files; of a hub dataset, over its name."""
+    files = find_files(options.path)
+    digest = xxhash.xxh3_128(options.path.encode() if files is None else b"")
+    for path in files or []:
+        name = path.relative_to(_root(options.path)).as_posix()
+        digest.update(f"{name}\0{path.stat().st_size}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()
 
 
+def _root(path: str) -> Path:
+    """The folder from which ids are counted."""
+    return Path(path) if os.path.isdir(path) else _fixed_part(path)
+
+
 def _fixed_part(path: str) -> Path:
-    """The folder from which ids are counted: of a file, its own; of a glob, the part without wildcards."""
+    """Of a file, its folder; of a glob, the part without wildcards."""
     parts = Path(path).parts
     plain = next((i for i, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return Path(*parts[:plain])
@@ -262,7 +269,8 @@ def _longest(row: dict[str, Any]) -> str:
     return max(texts, key=texts.__getitem__) if texts else "FIELD"
 
 
-def _file_rows(path: Path) -> Iterator[Any]:
+def file_rows(path: Path) -> Iterator[Any]:
+    """The records of a parquet, arrow, csv or JSON file, as HF ``datasets`` reads it. Raises DataError."""
     from datasets import load_dataset  # seconds to import; text and JSON lines need none of it
 
     extra = {"sep": "\t"} if path.suffix == ".tsv" else {}

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lmtrain.data.ingest.elsewhere import Elsewhere
 from lmtrain.data.ingest.filters.decontaminate import Evaluations
 from lmtrain.data.ingest.filters.minhash import earlier_match
 from lmtrain.data.ingest.filters.quality import RULES
-from lmtrain.data.ingest.filters.words import Hashes
+from lmtrain.data.ingest.filters.words import Runs
+from lmtrain.data.ingest.overlap import HeldoutText
 from lmtrain.data.ingest.survey import Facts
 
 RULE = "xxh3-64 of the id (else of the normalised text) below share * 2^64; first 50 kB of a document"
-TRAIN, HELDOUT, EMPTY, DUPLICATE, CONTAMINATED, NEAR_DUPLICATE, TRAIN_ONLY, QUALITY = range(8)
+TRAIN, HELDOUT, EMPTY, DUPLICATE, CONTAMINATED, NEAR_DUPLICATE, TRAIN_ONLY, HELDOUT_ELSEWHERE, QUALITY = range(9)
 VERDICTS = (
     "train", "heldout", "empty", "duplicate", "contaminated", "near_duplicate", "train_only_of_heldout",
-    *(f"quality_{rule}" for rule in RULES),
+    "heldout_elsewhere", *(f"quality_{rule}" for rule in RULES),
 )  # fmt: skip
 """What may be decided about a document; the numbers above, the rules of quality from QUALITY on."""
 
@@ -35,9 +37,9 @@ class Ids(NamedTuple):
 @dataclass(frozen=True)
 class Selection:
     """Of one source. verdicts: uint8 ``[documents]``. digests: uint64 ``[documents, 2]``, of the normalised texts.
-    because: of a near-duplicate and of a contaminated document, by number, what it was left out for.
-    found: evaluation file -> its texts that were found. train_bytes: UTF-8 bytes on the training side. ids: of those
-    documents on either side that have one.
+    because: of a near-duplicate, a contaminated document and one held out elsewhere, by number, what it was left out
+    for. found: evaluation file -> its texts that were found. train_bytes: UTF-8 bytes on the training side. ids: of
+    those documents on either side that have one.
     """
 
     verdicts: NDArray[np.uint8]
@@ -60,8 +62,10 @@ class Selection:
         return {name: counts[i] for i, name in enumerate(VERDICTS) if i not in (TRAIN, HELDOUT) and counts[i]}
 
 
-def select(facts: Mapping[str, Facts], evaluations: Evaluations) -> tuple[dict[str, Selection], Hashes]:
-    """Decide on every document of every source, and the sorted set of shingles of the held-out text.
+def select(
+    facts: Mapping[str, Facts], evaluations: Evaluations, elsewhere: Elsewhere
+) -> tuple[dict[str, Selection], HeldoutText]:
+    """Decide on every document of every source; and the held-out text, of these sources and elsewhere.
 
     Of documents equal after normalisation the first stays, over all sources; of near-duplicates, the first over the
     sources that look for them. Memory: about 100 B per document, with near-duplicates 400.
@@ -71,6 +75,8 @@ def select(facts: Mapping[str, Facts], evaluations: Evaluations) -> tuple[dict[s
     _, first, group = np.unique(rows["digest"], axis=0, return_index=True, return_inverse=True)
     verdicts[first[group.ravel()] < np.arange(len(rows))] = DUPLICATE
     verdicts[rows["empty"]] = EMPTY
+    known = dict(_held_out_elsewhere(rows, elsewhere))
+    verdicts[list(known)] = HELDOUT_ELSEWHERE
 
     def decide(where: NDArray[np.bool_], verdict: int | NDArray[np.int8]) -> None:
         undecided = where & (verdicts == TRAIN)
@@ -84,7 +90,8 @@ def select(facts: Mapping[str, Facts], evaluations: Evaluations) -> tuple[dict[s
     decide(rows["chosen"], HELDOUT)
 
     starts = np.cumsum([0, *(len(part.rows) for part in facts.values())])
-    selections, shingles = {}, [np.empty(0, dtype=np.uint64)]
+    selections = {}
+    shingles, counts, wholes = [elsewhere.shingles.hashes], [np.diff(elsewhere.shingles.starts)], [elsewhere.wholes]
     for (name, part), start in zip(facts.items(), starts[:-1], strict=True):
         own = verdicts[start : start + len(part.rows)]
         because = {}
@@ -93,12 +100,26 @@ def select(facts: Mapping[str, Facts], evaluations: Evaluations) -> tuple[dict[s
         for i in np.flatnonzero(own == NEAR_DUPLICATE):
             source = int(np.searchsorted(starts, earlier[start + i], side="right")) - 1
             because[int(i)] = f"document {earlier[start + i] - starts[source]} of {list(facts)[source]}"
+        for i in np.flatnonzero(own == HELDOUT_ELSEWHERE):
+            because[int(i)] = known[int(start + i)]
         selections[name] = Selection(
             own, part.rows["digest"], because, evaluations.by_file(part.evaluations),
             int(part.rows["bytes"][own == TRAIN].sum()), _ids(part.rows["id"], own),
         )  # fmt: skip
         shingles.append(part.shingles[np.repeat(own == HELDOUT, part.rows["shingles"])])
-    return selections, np.unique(np.concatenate(shingles))
+        counts.append(part.rows["shingles"][own == HELDOUT])
+        wholes.append(part.rows["whole"][own == HELDOUT])
+    runs = Runs(np.concatenate(shingles), np.cumsum(np.concatenate([np.zeros(1, dtype=np.int64), *counts])))
+    return selections, HeldoutText.of(runs, np.concatenate(wholes))
+
+
+def _held_out_elsewhere(rows: NDArray[np.void], elsewhere: Elsewhere) -> Iterator[tuple[int, str]]:
+    """Number and source of every document that is, but for case and white space, held out there."""
+    for name, digests in elsewhere.digests.items():
+        there = set(map(tuple, digests.tolist()))
+        for i in np.flatnonzero(np.isin(rows["digest"][:, 0], digests[:, 0])).tolist():
+            if tuple(rows["digest"][i].tolist()) in there:
+                yield i, f"held out in {name}"
 
 
 def _ids(ids: NDArray[np.uint64], verdicts: NDArray[np.uint8]) -> Ids:

@@ -19,14 +19,11 @@ from lmtrain.data.ingest.filters.decontaminate import Evaluations
 from lmtrain.data.ingest.filters.exact import text_digest
 from lmtrain.data.ingest.filters.quality import RULES, broken_rule
 from lmtrain.data.ingest.filters.words import Hashes, Runs, runs_of, words_of
-from lmtrain.data.ingest.overlap import shingles
+from lmtrain.data.ingest.overlap import SHINGLE, heldout_text, wholes
 from lmtrain.data.ingest.reading import Chunk, SourceOptions, total_bytes
 from lmtrain.data.ingest.shards import made_durably, run_pass
 from lmtrain.data.processes import Workers
 from lmtrain.data.progress import Progress
-
-MAX_HELDOUT_BYTES = 50_000
-"""One document's part of the held-out text; the rest of it is used nowhere, or one large file would be the measure."""
 
 ROW = np.dtype(
     [
@@ -39,6 +36,7 @@ ROW = np.dtype(
         ("rule", np.int8),  # of quality.RULES, -1: none broken
         ("evaluation", np.int32),  # the first evaluation text that it holds a chunk of, -1: none
         ("shingles", np.int32),  # how many of Facts.shingles are its own
+        ("whole", np.uint64),  # likewise chosen: a hash of all its words, 0: it has none
     ]
 )
 
@@ -80,8 +78,9 @@ class Surveyor:
             broken = [broken_rule(text) for text in texts]
             rows["rule"] = [-1 if rule is None else RULES.index(rule) for rule in broken]
         compared = (rows["chosen"] & ~rows["train_only"]).tolist()
-        own = shingles([heldout_text(text) if here else "" for text, here in zip(texts, compared, strict=True)])
-        rows["shingles"] = np.diff(own.starts)
+        chosen = words_of([heldout_text(text) if here else "" for text, here in zip(texts, compared, strict=True)])
+        own = runs_of(chosen, SHINGLE)
+        rows["shingles"], rows["whole"] = np.diff(own.starts), wholes(chosen)
         bands, found = np.zeros((len(rows), 0), dtype=np.uint64), np.empty(0, dtype=np.int32)
         if options.near_duplicates or len(self.evaluations.runs):
             words = words_of(texts)
@@ -133,9 +132,3 @@ def _joined(parts: list[Facts]) -> Facts:
 def _read(path: Path) -> Facts:
     with np.load(path) as arrays:
         return Facts(**arrays)
-
-
-def heldout_text(text: str) -> str:
-    """The part of a held-out document that is used."""
-    data = text.encode()
-    return text if len(data) <= MAX_HELDOUT_BYTES else data[:MAX_HELDOUT_BYTES].decode("utf-8", errors="ignore")

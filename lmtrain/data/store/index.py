@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmtrain.data.store.borders import Borders, KnownBorders, SearchedBorders
-from lmtrain.data.store.pieces import PieceCheck
+from lmtrain.data.store.pieces import WHAT_NOW, PieceCheck
 from lmtrain.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -54,7 +54,8 @@ class Index:
         modes = expected + self.num_sequences  # one byte per sequence in multimodal sets; not read
         if len(data) not in (expected, modes):
             raise DataError(
-                f"{path}: expected {expected:,} bytes for {self.num_sequences:,} sequences, found {len(data):,}"
+                f"{path}: expected {expected:,} bytes for {self.num_sequences:,} sequences, found {len(data):,}; "
+                f"{WHAT_NOW}"
             )
         self.num_documents = borders - 1
         self._offsets_at = HEADER.size + 4 * self.num_sequences

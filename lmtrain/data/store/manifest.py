@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lmtrain.data.store.index import WHOLE, Index
-from lmtrain.data.store.pieces import PieceCheck, digests
+from lmtrain.data.store.pieces import WHAT_NOW, PieceCheck, digests
 from lmtrain.data.store.store import Store, file_size, sync_folder
 from lmtrain.errors import DataError
 
@@ -135,7 +135,7 @@ def open_split(folder: str | Path, split: str, manifest: Manifest) -> Store:
     file_size(path)  # refuses what is not there
     if (index.bytes <= WHOLE or not index.pieces) and file_digest(path) != index.xxh3_128:
         # Else a damaged border between documents would go unseen.
-        raise DataError(f"{path}: differs from the manifest; see python launch/prepare.py verify {folder}")
+        raise DataError(f"{path}: differs from the manifest; {WHAT_NOW}")
     if tokens.bytes > LAZY_BYTES:
         log.warning(
             "%s.bin: %.0f GB, too large to be compared with its digests while it is read; python launch/prepare.py "
@@ -160,13 +160,14 @@ def verify(folder: str | Path) -> Manifest:
     for entry in manifest.files:
         path = folder / entry.path
         if not path.is_file():
-            raise DataError(f"{path}: missing, the manifest lists it")
+            raise DataError(f"{path}: missing, the manifest lists it; {WHAT_NOW}")
         if path.stat().st_size != entry.bytes:
-            raise DataError(f"{path}: expected {entry.bytes:,} bytes, found {path.stat().st_size:,}")
+            size = path.stat().st_size
+            raise DataError(f"{path}: expected {entry.bytes:,} bytes, found {size:,}; {WHAT_NOW}")
         if entry.pieces:
             PieceCheck(path, entry.pieces).all()
         elif (found := file_digest(path)) != entry.xxh3_128:
-            raise DataError(f"{path}: expected xxh3-128 {entry.xxh3_128}, found {found}")
+            raise DataError(f"{path}: expected xxh3-128 {entry.xxh3_128}, found {found}; {WHAT_NOW}")
     for split in SPLITS:
         Index.open(f"{folder / split}.idx").check()
         store = Store(folder / split)

@@ -14,11 +14,15 @@ import numpy as np
 import xxhash
 
 import lmtrain
+from lmtrain.data.counted import counted
 from lmtrain.data.store.locate import Located, locate
 from lmtrain.data.store.manifest import SPLITS, HeldoutEntry, Manifest, file_entries
 from lmtrain.data.store.store import READ_TOKENS, Store, StoreWriter, sync_folder
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.errors import DataError, StorageError, UsageError
+
+CUT_TOKENS = 1024
+"""Of a held-out document of which only the beginning was kept, so many are compared."""
 
 
 def merge(out: str, paths: Sequence[str], tokenizer: Tokenizer | None = None) -> Store:
@@ -27,7 +31,8 @@ def merge(out: str, paths: Sequence[str], tokenizer: Tokenizer | None = None) ->
     Prepared folders give a prepared folder, held-out documents with held-out ones; stores of any other format give the
     pair ``out.bin``, ``out.idx``, for which ``tokenizer`` is needed. The bytes depend on the inputs and their order
     alone. Nothing appears under ``out`` before it is complete. Raises UsageError if something is there already or
-    both kinds are given, DataError if the inputs were made with different tokenizers, StorageError.
+    both kinds are given, DataError if the inputs were made with different tokenizers or one trains on a document that
+    is held out in another, token by token, StorageError.
     """
     found = [each for path in paths for each in locate(path, tokenizer)]
     if len({each.manifest is None for each in found}) > 1:
@@ -74,6 +79,7 @@ def _merge_prepared(out: Path, found: Sequence[Located]) -> None:
             )
         if manifest.eod_appended != first.eod_appended:
             raise DataError(f"{each.path}: eod_appended is {manifest.eod_appended}, of {found[0].path} it is not")
+    _refuse_trained_on(found)
     with _work_folder(out) as work:
         for split in SPLITS:
             _write(work / split, [each.stores[split] for each in found], first.tokenizer.vocab_size)
@@ -91,6 +97,48 @@ def _merge_prepared(out: Path, found: Sequence[Located]) -> None:
         merged.write(work)
         os.rename(work, out)
     sync_folder(out.parent)
+
+
+def _refuse_trained_on(found: Sequence[Located]) -> None:
+    """Raise DataError if a training document has the tokens of a held-out one; of one that was cut, the first ones."""
+    heldout: dict[tuple[int, int], str] = {}
+    for each in found:
+        eod = each.manifest.tokenizer.eod_id if each.manifest else -1
+        for _, document in _documents(each.stores["heldout"]):
+            whole = document[-1] == eod
+            key = len(document) if whole else min(len(document) - 1, CUT_TOKENS)  # its last token may be cut, too
+            heldout.setdefault((key if whole else -key, _hash(document[:key])), each.path)
+    cuts = sorted({-length for length, _ in heldout if length < 0})
+    for each in found:
+        hits = [
+            (number, path)
+            for number, document in _documents(each.stores["train"])
+            for length in (len(document), *(-cut for cut in cuts if cut < len(document)))
+            if (path := heldout.get((length, _hash(document[: abs(length)])))) is not None
+        ]
+        if hits:
+            raise DataError(
+                f"merge: {each.path}: trains on {counted(len(hits), 'document')} held out in another input (first: "
+                f"{hits[0][0]}, held out in {hits[0][1]}); prepare its text again with decontaminate={hits[0][1]}, or "
+                "the text of both in one call"
+            )
+
+
+def _documents(store: Store) -> Iterator[tuple[int, np.ndarray]]:
+    """Number and tokens of every document that has any."""
+    for first, lengths in store.document_lengths():
+        at, number = int(store.borders.starts(first, first + 1)[0]), first
+        for part in _parts(lengths):
+            tokens = store.tokens(at, int(part.sum()))
+            for document in np.split(tokens, np.cumsum(part)[:-1]):
+                if len(document):
+                    yield number, document
+                number += 1
+            at += len(tokens)
+
+
+def _hash(tokens: np.ndarray) -> int:
+    return xxhash.xxh3_64_intdigest(np.ascontiguousarray(tokens).data)
 
 
 def _heldout(manifests: Sequence[Manifest]) -> HeldoutEntry:

@@ -10,6 +10,8 @@ import xxhash
 from lmtrain.errors import DataError
 
 PIECE = 1 << 26
+WHAT_NOW = "restore the file from a copy, or prepare the data again; then python launch/prepare.py verify FOLDER"
+"""What to do about a damaged file."""
 _READ = 1 << 20  # stays in the processor's cache between the copy and the hash
 
 
@@ -35,7 +37,9 @@ class PieceCheck:
         self.path = path
         self.expected = expected
         if len(expected) != -(-os.path.getsize(path) // PIECE):
-            raise DataError(f"{path}: {os.path.getsize(path):,} bytes, the manifest has {len(expected)} digests of it")
+            raise DataError(
+                f"{path}: {os.path.getsize(path):,} bytes, the manifest has {len(expected)} digests of it; {WHAT_NOW}"
+            )
         self._unread = bytearray(b"\1") * len(expected)
 
     def __call__(self, start: int, stop: int) -> None:
@@ -55,7 +59,7 @@ class PieceCheck:
         if found.hexdigest() != self.expected[piece]:
             raise DataError(
                 f"{self.path}: expected xxh3-128 {self.expected[piece]} of piece {piece} (64 MiB from byte "
-                f"{piece * PIECE:,}), found {found.hexdigest()}"
+                f"{piece * PIECE:,}), found {found.hexdigest()}; {WHAT_NOW}"
             )
         self._unread[piece] = 0
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from lmtrain.data.store.borders import Borders
 from lmtrain.data.store.index import DTYPES, Index, IndexWriter
-from lmtrain.data.store.pieces import PieceCheck
+from lmtrain.data.store.pieces import WHAT_NOW, PieceCheck
 from lmtrain.errors import DataError
 
 MAX_LENGTH = 2**31 - 1
@@ -52,7 +52,7 @@ class Store:
         if found != index.num_tokens * index.dtype.itemsize:
             raise DataError(
                 f"{prefix}.bin: expected {index.num_tokens * index.dtype.itemsize:,} bytes from the .idx, "
-                f"found {found:,}"
+                f"found {found:,}; {WHAT_NOW}"
             )
         check = PieceCheck(f"{prefix}.bin", bin_pieces) if bin_pieces else None
         self._open(prefix, f"{prefix}.bin", index.dtype, borders, (bin_pieces, idx_pieces), check=check)

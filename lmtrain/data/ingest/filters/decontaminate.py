@@ -1,6 +1,7 @@
 """Which documents hold a piece of an evaluation text: a run of 13 words, compared without case and punctuation (GPT-3).
 
-Read are the formats evaluations lie in: ``.csv`` (MMLU's layout: question, options, answer), ``.jsonl`` and ``.txt``.
+Read are the formats evaluations lie in: ``.csv`` (MMLU's layout: question, options, answer), ``.jsonl``, ``.parquet``
+(every text of a row) and ``.txt``.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmtrain.data.ingest.filters.words import Hashes, Known, runs_of, words_of
+from lmtrain.data.ingest.reading import file_rows
 from lmtrain.errors import DataError
 
 RUN = 13
-SUFFIXES = (".csv", ".jsonl", ".txt")
+SUFFIXES = (".csv", ".jsonl", ".parquet", ".txt")
+UNREAD = (".arrow", ".bz2", ".gz", ".json", ".ndjson", ".tar", ".tsv", ".xz", ".zip", ".zst")
+"""What may hold an evaluation and is not read: refused, for a silent hole in the filter would be taken for none."""
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +56,19 @@ class Evaluations:
 
 
 def evaluation_files(paths: str) -> list[Path]:
-    """The files of a comma-separated list of files and folders, sorted inside a folder. DataError if there is none."""
+    """The files of a comma-separated list of files and folders, sorted inside a folder. DataError if there is none, or
+    one of a format that is not read."""
     files: list[Path] = []
     for path in map(Path, filter(None, paths.split(","))):
         found = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES)
         if not found:
             raise DataError(f"decontaminate={path}: no {', '.join(SUFFIXES)} files there")
         files += found
+        for file in [path] if path.is_file() else sorted(path.rglob("*")):
+            if file.suffix in UNREAD or (path.is_file() and file.suffix not in SUFFIXES):
+                raise DataError(
+                    f"decontaminate={path}: {file}: only {', '.join(SUFFIXES)} are read; convert it, or move it away"
+                )
     return files
 
 
@@ -97,6 +107,9 @@ def _texts(path: Path) -> Iterator[str]:
                         yield from _strings(json.loads(line))
                     except ValueError as error:
                         raise DataError(f"{path}:{number}: malformed JSON ({error})") from None
+        elif path.suffix == ".parquet":
+            for row in file_rows(path):
+                yield from _strings(row)
         else:
             yield path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError, csv.Error) as error:

@@ -1,5 +1,6 @@
 """The words of texts and their runs as 64-bit hashes: what every filter that compares texts compares.
 
+Case and punctuation do not count. In scripts that put no blanks between words a character is a word.
 Many texts at a time, by prefix sums of a polynomial modulo 2^64: a few operations of numpy for a megabyte.
 """
 
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 from functools import cache
 from typing import NamedTuple
@@ -17,6 +19,16 @@ from numpy.typing import NDArray
 Hashes = NDArray[np.uint64]
 MAX_LENGTH = 1 << 20
 """Characters hashed at once; a longer text is cut there, be it in a word."""
+WITHOUT_SPACES = (
+    (0x2E80, 0x2FDF), (0x3005, 0x3007), (0x3021, 0x3029), (0x3038, 0x303B), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF), (0x20000, 0x3FFFD),                                                    # Han
+    (0x3041, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F), (0x1AFF0, 0x1B16F),                # Kana
+    (0x0E00, 0x0E7F), (0x0E80, 0x0EFF), (0x1780, 0x17FF), (0x1000, 0x109F), (0xA9E0, 0xA9FF), (0xAA60, 0xAA7F),
+    (0x1950, 0x19DF), (0x1A20, 0x1AAF), (0xAA80, 0xAADF), (0xA980, 0xA9DF), (0x1B00, 0x1B7F),
+)  # fmt: skip
+"""First and last code point of the blocks in which one character is one word: Han, Kana; then Thai, Lao, Khmer,
+Myanmar (three blocks), Tai Le and New Tai Lue, Tai Tham, Tai Viet, Javanese, Balinese."""
+NONE, INSIDE, ALONE = range(3)
 _BASE = 0x9E3779B97F4A7C15
 _INVERSE = pow(_BASE, -1, 1 << 64)
 
@@ -39,12 +51,13 @@ class Runs(NamedTuple):
 
 
 def words_of(texts: Sequence[str]) -> Runs:
-    r"""The words of each text: runs of ``\w``, lower-cased."""
+    r"""The words of each text after NFC and lower-casing: runs of ``\w`` and combining marks, and each character of
+    ``WITHOUT_SPACES`` alone."""
     hashes, counts = [np.empty(0, dtype=np.uint64)], np.zeros(len(texts) + 1, dtype=np.int64)
     group: list[tuple[int, str]] = []
     size = 0
     for i, text in enumerate(texts):
-        lowered = text.lower()
+        lowered = text.lower() if text.isascii() else unicodedata.normalize("NFC", text).lower()
         for at in range(0, len(lowered), MAX_LENGTH):
             part = lowered[at : at + MAX_LENGTH]
             if size + len(part) > MAX_LENGTH:
@@ -110,10 +123,16 @@ def _hash(group: list[tuple[int, str]], counts: NDArray[np.int64]) -> Hashes:
         points: NDArray[np.integer] = np.frombuffer(joined.encode(), dtype=np.uint8)
     else:
         points = np.frombuffer(joined.encode("utf-32-le", errors="surrogatepass"), dtype="<u4")
-    inside = np.zeros(len(points) + 2, dtype=np.bool_)
-    inside[1:-1] = _is_word()[points]
-    border = np.flatnonzero(inside[1:] != inside[:-1])
-    starts, ends = border[::2], border[1::2]
+    kind = np.zeros(len(points) + 2, dtype=np.uint8)
+    kind[1:-1] = _kinds()[points]
+    differ = kind[1:] != kind[:-1]
+    if points.dtype == np.uint8:
+        border = np.flatnonzero(differ)
+        starts, ends = border[::2], border[1::2]
+    else:
+        alone = kind == ALONE
+        starts = np.flatnonzero((kind[1:] != NONE) & (differ | alone[1:]))
+        ends = np.flatnonzero((kind[:-1] != NONE) & (differ | alone[:-1]))
     ends_of_parts = np.cumsum([len(part) + 1 for _, part in group])
     before = np.searchsorted(starts, ends_of_parts)
     for (i, _), count in zip(group, np.diff(before, prepend=0).tolist(), strict=True):
@@ -141,9 +160,15 @@ def _powers(base: int, count: int) -> Hashes:
 
 
 @cache
-def _is_word() -> NDArray[np.bool_]:
-    table = np.zeros(sys.maxunicode + 1, dtype=np.bool_)
+def _kinds() -> NDArray[np.uint8]:
+    """Of every code point: NONE, INSIDE a word, or a word ALONE."""
+    table = np.zeros(sys.maxunicode + 1, dtype=np.uint8)
     everything = np.arange(len(table), dtype="<u4").tobytes().decode("utf-32-le", errors="surrogatepass")
     for found in re.finditer(r"\w+", everything):
-        table[found.start() : found.end()] = True
+        table[found.start() : found.end()] = INSIDE
+    marks = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))  # all that there are lie there
+    table[[point for point in marks if unicodedata.category(everything[point])[0] == "M"]] = INSIDE
+    for first, last in WITHOUT_SPACES:
+        own = table[first : last + 1]
+        own[own == INSIDE] = ALONE
     return table
