@@ -119,7 +119,9 @@ MISTAKES = [
         EXIT_DATA,
         r"no\.json: .*; .*sources\.lists",
     ),
-    Mistake("data cut short", "", EXIT_DATA, r"train\.bin: expected [\d,]+ bytes .* 1,000", damage=cut_bin),
+    Mistake(
+        "data cut short", "", EXIT_DATA, r"train\.bin: expected [\d,]+ bytes .* 1,000; restore the file", damage=cut_bin
+    ),
     Mistake("another tokenizer", "", EXIT_DATA, r"was made with tokenizer .*" + PREPARE, damage=other_tokenizer),
     # where a run begins
     Mistake("two beginnings", "init_from=a branch_from=b", EXIT_USAGE, r"init_from and branch_from: give one"),

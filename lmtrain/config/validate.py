@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import typing
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -32,16 +34,17 @@ def build(tree: Tree, raw: dict[str, Any]) -> Any:
     branches = plain.get("model", {}).get("branches") if isinstance(plain.get("model"), dict) else None
     settings = _build(tree, SECTIONS[tree.section], plain, "")
     if isinstance(settings, Recipe) and isinstance(branches, dict):
-        for name, branch in branches.items():
-            settings.model.branches[name] = _branch(tree, f"model.branches.{name}", branch)
+        for name in branches:
+            settings.model.branches[name] = _branch(tree, name, branches)
     return settings
 
 
-def _branch(tree: Tree, key: str, raw: Any) -> Any:
-    kinds = branch_kinds()
+def _branch(tree: Tree, name: str, branches: dict[str, Any]) -> Any:
+    key, raw, kinds = f"model.branches.{name}", branches[name], branch_kinds()
     kind = raw.get("kind") if isinstance(raw, dict) else None
     if not isinstance(kind, str):
-        raise tree.error(key, f"expected a kind and its settings, e.g. {{kind: {next(iter(kinds))}}}, got {_show(raw)}")
+        wanted = f"expected a kind and its settings, e.g. {{kind: {next(iter(kinds))}}}"
+        raise tree.error(key, f"{wanted}, got {_show(raw)}{_misspelt(name, branches)}")
     if kind not in kinds:
         raise tree.error(f"{key}.kind", f"unknown kind {kind}{nearest(kind, kinds)}")
     return _build(tree, kinds[kind], raw, f"{key}.")
@@ -58,7 +61,7 @@ def _build(tree: Tree, cls: type, raw: dict[str, Any], prefix: str) -> Any:
         where, message = _field(cls, str(error).removeprefix(f"{raw.get('kind')}: "))
         raise tree.error((prefix + where).rstrip("."), message) from None
     first = min(found, key=lambda wrong: wrong.rank)
-    raise tree.error((prefix + first.key).rstrip("."), first.sentence(prefix)) from None
+    raise tree.error((prefix + first.key).rstrip("."), first.sentence(prefix) + first.misspelt(raw)) from None
 
 
 def _plain(tree: Tree, value: Any, key: str) -> Any:
@@ -93,6 +96,7 @@ class _Wrong:
         self.path: list[str] = []
         self.parent: type | None = None
         self.hint: Any = cls
+        self.entry: int | None = None
         inside = False
         here: type | None = cls
         for part in details["loc"][1:]:
@@ -101,6 +105,7 @@ class _Wrong:
             if inside:
                 break  # an alternative of a union, an item of a list
             self.parent = None if into_dict else here
+            self.entry = len(self.path) if into_dict else self.entry
             here, self.hint = step(here, self.hint, str(part))
             self.path.append(str(part))
         if self.kind == "value_error":  # a rule of a settings class: "field: what is wrong", or a rule between fields
@@ -126,6 +131,20 @@ class _Wrong:
         if self.kind == "value_error":
             return self.rule
         return f"expected {words(self.hint)}, got {_show(self.input)}{_fix(self.hint, self.input)}"
+
+    def misspelt(self, raw: Any) -> str:
+        """The entry that is there, where one that lacks a key may be that one with a mistake in its name."""
+        if self.entry is None or self.entry != len(self.path) - 2:
+            return ""
+        for part in self.path[: self.entry]:
+            raw = raw[part]
+        *_, name, key = self.path
+        return "" if key in raw[name] else _misspelt(name, raw)
+
+
+def _misspelt(name: str, entries: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, [other for other in entries if other != name], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _show(value: Any) -> str:

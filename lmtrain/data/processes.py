@@ -9,6 +9,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from functools import lru_cache
 from importlib import import_module
@@ -17,6 +18,8 @@ from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
+
+from lmtrain.errors import StorageError
 
 Key = TypeVar("Key")
 Task = TypeVar("Task")
@@ -35,7 +38,8 @@ def die_with_parent(parent: int) -> None:
 class Workers:
     """``count`` processes for several kinds of work, to be used in a ``with``; of one, this process is the one.
 
-    They start at once, while the caller does something else. module: what they import then.
+    They start at once, while the caller does something else. module: what they import then. Where one of them is
+    killed, ``ordered`` raises StorageError: as a rule the machine had no memory left.
     """
 
     def __init__(self, count: int, module: str) -> None:
@@ -68,6 +72,17 @@ class Workers:
             for key, task in tasks:
                 yield key, work(task)
             return
+        try:
+            yield from self._by_processes(work, tasks)
+        except BrokenProcessPool:
+            raise StorageError(
+                f"one of {self.count} worker processes was killed, most likely because the machine ran out of memory "
+                f"(dmesg tells); take fewer: workers={max(1, self.count // 2)}"
+            ) from None
+
+    def _by_processes(
+        self, work: Callable[[Task], Result], tasks: Iterator[tuple[Key, Task]]
+    ) -> Iterator[tuple[Key, Result]]:
         self._kinds += 1
         path = self._folder / str(self._kinds)
         path.write_bytes(ForkingPickler.dumps(work))

@@ -105,7 +105,7 @@ def fold(chunks: Chunks, state: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def apply(gamma: Tensor, state: Tensor) -> Tensor:
-    """``gamma . state``; a matrix of zeros forgets even infinities (what is finite stays, for the gradient of gamma)."""
+    """``gamma . state``; a matrix of zeros forgets even infinities; what is finite stays, for gamma's gradient."""
     forgets = (gamma == 0).all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
     return gamma @ torch.where(forgets & ~state.isfinite(), state.new_zeros(()), state)
 

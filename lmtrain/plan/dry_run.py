@@ -33,7 +33,8 @@ def summary(
     world_size: int,
     tokenizer_size: int | None,
 ) -> dict[str, Any]:
-    """The dry run as plain data (docs/formats.md). What depends on the vocabulary is None while that is unknown.
+    """The dry run as plain data (docs/formats.md). What depends on the vocabulary is None while that is unknown;
+    ``warnings`` are for whoever opens the data.
 
     tokenizer_size: largest token id + 1, None if there is no tokenizer yet; ``model.vocab_size`` needs none.
     Raises UsageError for a mesh, a combination or a batch that cannot work in this world.
@@ -55,6 +56,7 @@ def summary(
             microbatch=rows,
             dtype=dtype,
             carried_rows=largest // (mesh.dp_replicate * mesh.dp_shard) if data.run_blocks > 1 else 0,
+            run_blocks=data.run_blocks,
         )
     return {
         "format_version": FORMAT_VERSION,
@@ -70,6 +72,7 @@ def summary(
         "memory": None if memory is None else dataclasses.asdict(memory),
         "branches": _branches(model, data.seq_len),
         "missing": check_sources(data),
+        "warnings": [],
     }
 
 

@@ -63,16 +63,18 @@ def estimate(
     microbatch: int,
     dtype: torch.dtype,
     carried_rows: int = 0,
+    run_blocks: int = 1,
 ) -> Memory:
     """Memory of one rank of a resolved ``mesh`` that runs ``microbatch`` rows at a time in ``dtype``.
 
-    carried_rows: rows whose state is held from step to step.
+    carried_rows: rows whose state, of up to ``run_blocks`` rows one after the other, is held from step to step.
     """
     master = 8 if dtype == torch.float64 else 4
     total = model.num_params(vocab_size)
     shard = -(-total // (mesh.dp_shard * mesh.sp)) * master
     columns = microbatch * seq_len // mesh.sp
     wide = max(master, dtype.itemsize)
+    run = seq_len * run_blocks  # a window of attention may be longer than a row
     return Memory(
         parameters=shard,
         gradients=shard,
@@ -80,7 +82,7 @@ def estimate(
         gathered=2 * _gathered_params(model, total, cluster) * dtype.itemsize,
         activations=columns * _kept_per_token(model, cluster.activation_checkpointing) * wide,
         logits=LOGIT_COPIES * min(CHUNK, columns) * vocab_size * wide,
-        carried=sum(model.branches[name].state_bytes(model.d_model, carried_rows, seq_len) for name in model.order())
+        carried=sum(model.branches[name].state_bytes(model.d_model, carried_rows, run) for name in model.order())
         * (master // 4),  # told for fp32
     )
 

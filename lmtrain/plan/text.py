@@ -37,6 +37,7 @@ def text(summary: dict[str, Any]) -> str:
         parts = ", ".join(f"{name} {size(n)}" for name, n in summary["memory"].items())
         lines.append(f"memory       about {size(summary['peak_bytes'])} per rank ({parts}); an estimate")
     lines += [f"missing      {problem}" for problem in summary["missing"]]
+    lines += [f"WARNING      {warning}" for warning in summary["warnings"]]
     return "\n".join(lines)
 
 

@@ -181,7 +181,7 @@ def _build(
     if folder is not None:
         console = Console(plan.total_steps, recipe.train.log_every)
         console.banner(banner(settings, plan, loader, heldout, origin, progress.step))
-        metrics = MetricsLog(folder.metrics, folder.attempt, progress.step, progress.tokens)
+        metrics = MetricsLog(folder.metrics, folder.attempt, progress.step, progress.tokens, recorded)
         wandb = WandbView(
             recipe.train.wandb,
             run_dir,

@@ -20,7 +20,7 @@ from lmtrain.config.load import Settings, load
 from lmtrain.config.recipe import Recipe
 from lmtrain.data.loader import Loader
 from lmtrain.data.order.schedule import ScheduleLog
-from lmtrain.data.policies.epochs import check_epochs
+from lmtrain.data.policies.epochs import check_epochs, check_supply
 from lmtrain.data.policies.policy import MixPolicy
 from lmtrain.data.sources import check_sources
 from lmtrain.data.tokenizer import Tokenizer
@@ -33,7 +33,7 @@ from lmtrain.pipe import ends_with_its_reader
 from lmtrain.plan.dry_run import embedding_rows, rows_per_pass, summary
 from lmtrain.plan.text import text as dry_run_text
 from lmtrain.pretrain.attempt import attempt
-from lmtrain.pretrain.plan import Plan, policy_of
+from lmtrain.pretrain.plan import Plan, check_policy, policy_of
 from lmtrain.train.hardware import resolve_device, resolve_dtype
 from lmtrain.train.signals import StopRequest, die_with_parent
 
@@ -134,7 +134,12 @@ def _mixture(recipe: Recipe, loader: Loader) -> tuple[MixPolicy, Mapping[str, fl
     data = recipe.data
     policy = policy_of(recipe, loader)
     weights = {name: source.weight for name, source in data.sources.items()}
-    warnings = check_epochs(policy.plan() or {}, loader.tokens_available, data.max_epochs)
+    available, plan = loader.tokens_available, policy.plan()
+    if plan is None:  # the policy decides as it goes, among the sources it begins with
+        total = loader.schedule.tokens(recipe.train.num_steps(data))
+        warnings = check_supply(total, {name: available[name] for name in policy.first}, data.max_epochs)
+    else:
+        warnings = check_epochs(plan, available, data.max_epochs)
     return policy, weights if data.policy.first == "weights" else policy.first, warnings
 
 
@@ -153,6 +158,13 @@ def _dry_run(settings: Settings, cluster: ClusterConfig, world: int) -> int:
     tokenizer = Path(recipe.data.tokenizer)
     size = Tokenizer.load(tokenizer).vocab_size if tokenizer.exists() else None
     facts = summary(recipe.model, recipe.data, recipe.train, cluster, world_size=world, tokenizer_size=size)
+    if facts["missing"]:
+        check_policy(recipe)
+    else:
+        try:
+            facts["warnings"] = _mixture(recipe, _check_data(recipe, cluster, facts["microbatch"]))[2]
+        except DataError as error:
+            facts["missing"] = [str(error)]
     if int(os.environ.get("RANK", "0")) == 0:
         with ends_with_its_reader():
             print(json.dumps(facts) if settings.launch.json else dry_run_text(facts))

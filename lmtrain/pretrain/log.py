@@ -8,7 +8,7 @@ from typing import Any
 
 from lmtrain.data.order.schedule import Event, ScheduleLog, parse_event, recipe_event
 from lmtrain.errors import DataError
-from lmtrain.train.metrics import read_metrics
+from lmtrain.train.metrics import recorded_step
 
 METRICS, SCHEDULE = "metrics.jsonl", "schedule.jsonl"
 
@@ -48,8 +48,8 @@ def settle_log(
 
 
 def last_step(metrics: Path) -> int:
-    """The last step of the run's present timeline, 0 if there is none."""
-    return max((row["step"] for row in read_metrics(metrics)), default=0) if metrics.exists() else 0
+    """The last step on record, which no event may change any more; 0 if there is none."""
+    return recorded_step(metrics) if metrics.exists() else 0
 
 
 def _taken_over(events: list[Event], own: Event) -> list[Event]:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,6 +52,15 @@ def policy_of(recipe: Recipe, loader: Loader) -> MixPolicy:
     weights = {name: source.weight for name, source in data.sources.items()}
     run = Run(loader.tokens_available, total, phases(recipe.train.schedule, total), data.max_epochs)
     return make(data.policy, weights, run)
+
+
+def check_policy(recipe: Recipe) -> None:
+    """UsageError or DataError for what is wrong with the policy of ``recipe``, as far as it shows without the data."""
+    data = recipe.data
+    total = recipe.train.schedule_of(data).tokens(recipe.train.num_steps(data))
+    weights = {name: source.weight for name, source in data.sources.items()}
+    run = Run(dict.fromkeys(weights, 0), total, phases(recipe.train.schedule, total), data.max_epochs)
+    make(replace(data.policy, first="weights", tau=None, epochs=None), weights, run)  # the others go by sizes
 
 
 def plain(value: Any) -> dict[str, Any]:

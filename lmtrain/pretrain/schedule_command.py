@@ -24,7 +24,7 @@ from lmtrain.data.order.schedule import Event, ScheduleLog
 from lmtrain.errors import EXIT_DONE, LmtrainError, StorageError, UsageError, nearest
 from lmtrain.pretrain.log import METRICS, SCHEDULE, last_step
 from lmtrain.pretrain.plan import policy_of
-from lmtrain.train.mixture import admit_to_end, describe
+from lmtrain.train.mixture import admit_to_end, after_proposals, describe, first_unrecorded
 from lmtrain.train.request_file import REQUEST
 
 BAR, ROWS = 60, 24
@@ -239,9 +239,9 @@ def _admitted(run: Run, request: MixRequest) -> tuple[Event, list[str]]:
     step, stop = last_step(run.path / METRICS), run.recipe.train.num_steps(run.recipe.data)
     if step >= stop:
         raise UsageError(f"{run.path}: the run is finished, {step:,} of {stop:,} steps; branch_from={run.path} goes on")
-    earliest = loader.sampler.next_change(loader.schedule.first_block(step))
-    if request.weights:  # what the policy proposed ahead of its steps would undo a mixture in front of it
-        earliest = max(earliest, *(past.first_block for past in run.log.events if past.origin == "policy"), 0)
+    earliest = first_unrecorded(loader, step)
+    if request.weights:
+        earliest = after_proposals(run.log.events, earliest)
     event = request.event(
         loader.sampler,
         block_tokens=loader.block_tokens,

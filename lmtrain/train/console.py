@@ -19,6 +19,7 @@ from rich.text import Text
 
 PLAIN_WIDTH = 120
 ETA_STEPS = 100
+TOKENS_OF = "source_tokens."
 
 
 class _Screen(Screen):
@@ -128,6 +129,16 @@ def step_line(row: Mapping[str, Any], total_steps: int, seconds: float, left: fl
     if row.get("skipped"):
         parts.append(f"SKIPPED: {row['skipped']}")
     return "  ".join(parts)
+
+
+def sources_line(row: Mapping[str, Any]) -> str:
+    """How much of every source was read up to a metrics row, how often, and what that is worth where it is less."""
+    parts = []
+    for name in (key.removeprefix(TOKENS_OF) for key in row if key.startswith(TOKENS_OF)):
+        tokens, epochs = row[f"{TOKENS_OF}{name}"], row[f"source_epochs.{name}"]
+        worth = f", worth {scaled(row[f'source_effective_tokens.{name}'], 1000)} new tokens" if epochs > 1 else ""
+        parts.append(f"{name} {scaled(tokens, 1000)} tokens ({epochs:.2f} epochs{worth})")
+    return f"sources after step {row['step']}: {'; '.join(parts)}"
 
 
 def scaled(value: float, base: int) -> str:

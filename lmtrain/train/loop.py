@@ -13,6 +13,7 @@ import torch
 from lmtrain.checkpoint.checkpointer import Checkpointer
 from lmtrain.data.heldout import Heldout
 from lmtrain.data.loader import Loader
+from lmtrain.data.policies.epochs import effective_tokens
 from lmtrain.data.reader import StepData, token_hash
 from lmtrain.data.tokenizer import Tokenizer
 from lmtrain.engine.protocol import Engine, StepInfo
@@ -163,6 +164,7 @@ class Trainer:
         for name, tokens in self.loader.tokens_read(step).items():
             values[f"source_tokens.{name}"] = tokens
             values[f"source_epochs.{name}"] = tokens / available[name] if available[name] else 0.0
+            values[f"source_effective_tokens.{name}"] = effective_tokens(available[name], tokens)
         if info.router_load:
             values["branch_loss"] = info.branch_loss
             values |= {f"router_load.{place}": load.tolist() for place, load in info.router_load.items()}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -23,18 +23,19 @@ STEP_KEYS = frozenset(
 class MetricsLog:
     """Appends rows to metrics.jsonl; one writer (rank 0, under the run's lock). Errors of the disk are StorageErrors.
 
-    Opening writes a row of kind ``attempt``: format version, attempt, and the step and tokens it starts from. Rows of
-    earlier attempts beyond that step are thereby a dead timeline. A line torn by a crash is cut off first.
+    Opening writes a row of kind ``attempt``: format version, attempt, the step and tokens it starts from, and the last
+    step that is ``recorded``, which it takes again up to there. Rows of earlier attempts beyond its start are thereby a
+    dead timeline. A line torn by a crash is cut off first.
     """
 
-    def __init__(self, path: Path, attempt: int, step: int, tokens: int) -> None:
+    def __init__(self, path: Path, attempt: int, step: int, tokens: int, recorded: int = 0) -> None:
         self.path, self.attempt = path, attempt
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
             _cut_torn_line(self._fd)
         except OSError as error:
             raise StorageError(f"{path}: cannot be written: {error.strerror}") from error
-        start = {"format_version": FORMAT_VERSION, "time_unix": time.time()}
+        start = {"format_version": FORMAT_VERSION, "time_unix": time.time(), "recorded": recorded}
         self._append("attempt", step, tokens, start)
         self.fsync()
 
@@ -94,21 +95,42 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     newest = 0
+    for row in _rows(path):
+        if row["attempt"] > newest:
+            newest = row["attempt"]
+            while rows and rows[-1]["step"] > row["step"]:
+                rows.pop()
+        if row["kind"] != "attempt":
+            _supersede(rows, row)
+            rows.append(row)
+    return rows
+
+
+def recorded_step(path: Path) -> int:
+    """The last step on record since the run began or was forked, 0 if there is none. Raises as ``read_metrics``.
+
+    What a crashed attempt recorded counts, also where the next ones ended before they had read it again.
+    """
+    last = 0
+    for row in _rows(path):
+        if row["kind"] == "attempt":
+            last = max(row["step"], row.get("recorded", 0))
+        elif row["kind"] == "step":
+            last = max(last, row["step"])
+    return last
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """All rows but those of an attempt that was already superseded, and a torn last line."""
+    newest = 0
     with open(path, encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.endswith("\n"):
                 break
             row = _parse(line, f"{path}:{number}")
-            if row["attempt"] < newest:
-                continue
-            if row["attempt"] > newest:
-                newest = row["attempt"]
-                while rows and rows[-1]["step"] > row["step"]:
-                    rows.pop()
-            if row["kind"] != "attempt":
-                _supersede(rows, row)
-                rows.append(row)
-    return rows
+            newest = max(newest, row["attempt"])
+            if row["attempt"] == newest:
+                yield row
 
 
 def _supersede(rows: list[dict[str, Any]], row: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 from lmtrain.checkpoint.ranks import Ranks
 from lmtrain.data.blocks.packing import plan_digests
-from lmtrain.data.counted import counted
 from lmtrain.data.loader import Loader
 from lmtrain.data.order.mix_request import MixRequest
 from lmtrain.data.order.schedule import Event, ScheduleLog, event_row
@@ -18,7 +17,7 @@ from lmtrain.data.order.weights import COARSE_PERIOD, integer_weights
 from lmtrain.data.policies.guarded import Guarded
 from lmtrain.data.policies.policy import MixPolicy, Progress
 from lmtrain.engine.protocol import StepInfo
-from lmtrain.errors import LmtrainError, UsageError
+from lmtrain.errors import LmtrainError
 from lmtrain.train.request_file import REQUEST, Request, RequestFile
 
 
@@ -29,7 +28,8 @@ class Mixture:
 
     log: on rank 0 the file's, elsewhere None. policy, control (the run's ``control`` folder), note (a line for the
     console): used on rank 0. recorded: the last step some earlier attempt recorded; until then nothing is proposed, for
-    what was proposed then is in the log. policy_error: why the policy was given up, until it is in a metrics row.
+    what was proposed then is in the log, and no event changes what those steps read. policy_error: why the policy was
+    given up, until it is in a metrics row.
     """
 
     loader: Loader
@@ -79,10 +79,10 @@ class Mixture:
         if step >= self.total_steps:
             return
         # the ranks hear of it while they hold the next step, whose index is ``step``
-        earliest = self.loader.earliest(step)
+        earliest = max(self.loader.earliest(step), first_unrecorded(self.loader, self.recorded))
         self._answer_request(step, earliest)
         if step > self.recorded:
-            self._propose(step, earliest)
+            self._propose(step, after_proposals(self.log.events, earliest))
 
     def state(self) -> dict[str, Any]:
         """For the checkpoint: what the policy learnt, the events made so far, and the digests of the pack plans that
@@ -177,15 +177,15 @@ class Mixture:
 
     def _event(self, request: Request, step: int, earliest: int) -> Event:
         assert self.log is not None
-        event = MixRequest.parse(request.text()).event(
+        asked = MixRequest.parse(request.text())
+        event = asked.event(
             self.loader.sampler,
             block_tokens=self.loader.block_tokens,
-            earliest=earliest,
+            earliest=after_proposals(self.log.events, earliest) if asked.weights else earliest,
             end=self.loader.schedule.first_block(self.total_steps),
             now=self.loader.schedule.tokens(step),
             step=step,
         )
-        refuse_undone(event, self.log.events, self.loader.block_tokens)
         event = replace(event, reason=f"{event.reason} [{request.mark}]".strip())
         self._warn(admit_to_end(self.loader, event, self._policy, step, self.total_steps))
         return event
@@ -214,16 +214,18 @@ class Mixture:
             self.note(f"WARNING: control/{REQUEST} is {outcome}, but cannot be renamed: {error}; it is not read again")
 
 
-def refuse_undone(event: Event, events: Sequence[Event], block_tokens: int) -> None:
-    """Raise UsageError if ``event`` sets a mixture that a policy's later one in the log would bring to an end."""
-    later = [past for past in events if past.weights and past.first_block > event.first_block]
-    made = [past.first_block for past in later if past.origin == "policy"]
-    if event.weights and made:
-        raise UsageError(
-            f"the log has {counted(len(made), 'later mixture')} of the policy, made before the run was resumed, "
-            f"which would undo it; give at: {max(made) * block_tokens} or later, or forget them by a start with "
-            "schedule.fork=true"
-        )
+def first_unrecorded(loader: Loader, recorded: int) -> int:
+    """The first block at which an event may take effect and leave what the first ``recorded`` steps read as it was."""
+    return loader.sampler.next_change(loader.schedule.first_block(recorded))
+
+
+def after_proposals(events: Sequence[Event], earliest: int) -> int:
+    """The first block from ``earliest`` on at which a mixture made now stays.
+
+    A policy proposes ahead of its steps by the loader's lead, and that may have been longer: before the newest of its
+    events, in the order of blocks, a mixture made later would be undone by one made earlier.
+    """
+    return max([earliest, *(past.first_block for past in events if past.origin == "policy")])
 
 
 def admit_to_end(loader: Loader, event: Event, policy: MixPolicy | Guarded, step: int, stop: int) -> list[str]:

@@ -79,6 +79,19 @@ TABLE = [
     # missing
     ("data: {sources: {b: {weight: 1}}}", "", r".*x\.yaml: data\.sources\.b\.path: give a folder .*"),
     ("", "data.sources.b.weight=1", r".*command line: data\.sources\.b\.path: give a folder .*"),
+    ("", "data.sources.cod.weight=1", r".*line: data\.sources\.cod\.path: give a folder .*them; did you mean code\?"),
+    ("data: {sources: {cod: {path: a, weight: -1}}}", "", r".*data\.sources\.cod\.weight: must not be .*, got -1\.0"),
+    (
+        "",
+        "data.policy.stages.b.at=0.5",
+        r".*line: data\.policy\.stages\.b\.weights: missing \(.*\): [^;]*; [^;]*read\.",
+    ),
+    (
+        "data: {policy: {kind: staged, stages: {late: {at: 0.5, weights: {code: 1}}}}}",
+        "data.policy.stages.lat.at=0.8",
+        r".*line: data\.policy\.stages\.lat\.weights: missing .*; did you mean late\?",
+    ),
+    ("", "model.branches.atn.window=8", r".*line: model\.branches\.atn: expected a kind .*; did you mean attn\?"),
     ("model: {branches: {b: {kind: mlp}}}", "", r".*x\.yaml: model\.branches\.b\.d_ff: missing \(int\): .*"),
     # branches
     (

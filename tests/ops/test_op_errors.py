@@ -80,9 +80,7 @@ def test_a_chunk_of_nothing_is_refused(case: Case) -> None:
         case.call(case.inputs(LENGTH), None, chunk=0)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES.values() if case.affine], ids=lambda case: case.op
-)
+@pytest.mark.parametrize("case", [case for case in CASES.values() if case.affine], ids=lambda case: case.op)
 def test_a_setting_that_no_op_has_is_refused(case: Case) -> None:
     # the ops without a setting say it as every Python function does
     with pytest.raises((ValueError, TypeError), match=r"chunck: no such setting|unexpected keyword argument 'chunck'"):

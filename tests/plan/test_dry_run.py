@@ -40,7 +40,7 @@ def test_keys_and_values() -> None:
     plan = summary(MODEL, DATA, TRAIN, CPU, world_size=2, tokenizer_size=2000)
     assert set(plan) == {
         *("format_version", "num_params", "num_active_params", "flops_per_token", "peak_bytes", "mesh"),
-        *("tokens_per_step", "steps", "vocab_size", "microbatch", "memory", "branches", "missing"),
+        *("tokens_per_step", "steps", "vocab_size", "microbatch", "memory", "branches", "missing", "warnings"),
     }
     assert (plan["tokens_per_step"], plan["steps"], plan["vocab_size"]) == (2048, 5, 2048)
     assert plan["mesh"] == {"pp": 1, "dp_replicate": 1, "dp_shard": 2, "sp": 1, "tp": 1, "ep": 1}
@@ -163,6 +163,10 @@ def test_carried_state_is_of_all_rows_of_a_step() -> None:
         plan = summary(model, replace(DATA, run_blocks=run_blocks), TRAIN, CPU, world_size=2, tokenizer_size=2048)
         carried.append(plan["memory"]["carried"])
     assert carried == [0, 2 * 4 * BRANCHES["ssm"].state_bytes(128, 1, 256)]  # two branches, 2048 / 256 / 2 rows
+    longer = replace(BRANCHES["attn"], window=900)  # than a row: filled by the fourth
+    model = ModelConfig(d_model=128, branches={"attn": longer}, pattern="attn")
+    plan = summary(model, replace(DATA, run_blocks=4), TRAIN, CPU, world_size=2, tokenizer_size=2048)
+    assert plan["memory"]["carried"] == 4 * 2 * 899 * 2 * 32 * 4  # rows, keys and values, columns, heads, fp32
 
 
 def test_plan_does_not_import_config() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lmtrain.train.console import Console, duration, scaled, step_line
+from lmtrain.train.console import Console, duration, scaled, sources_line, step_line
 
 ROW: dict[str, Any] = {
     "step": 120, "loss": 3.21412, "grad_norm": 0.412, "lr": 3e-4, "tokens_per_second": 21400.0, "mfu": None,
@@ -27,6 +27,17 @@ def test_the_line() -> None:
     assert "loss n/a  grad_norm n/a" in step_line(skipped, 750, 1.0, 0)
     assert step_line(skipped, 750, 1.0, 0).endswith("SKIPPED: non-finite gradient norm") and "mfu 43.1%" in step_line(
         skipped, 750, 1, 0
+    )
+
+
+def test_the_line_of_the_sources() -> None:
+    row = {
+        **{"step": 40, "source_tokens.code": 1_234_567, "source_epochs.code": 0.34},
+        **{"source_tokens.a.b": 8000, "source_epochs.a.b": 4.0, "source_effective_tokens.a.b": 7460.0},
+        "source_effective_tokens.code": 1_234_567.0,
+    }
+    assert sources_line(row) == (
+        "sources after step 40: code 1.2M tokens (0.34 epochs); a.b 8.0k tokens (4.00 epochs, worth 7.5k new tokens)"
     )
 
 

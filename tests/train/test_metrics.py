@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lmtrain.errors import DataError, StorageError
-from lmtrain.train.metrics import STEP_KEYS, MetricsLog, read_metrics
+from lmtrain.train.metrics import STEP_KEYS, MetricsLog, read_metrics, recorded_step
 
 STORED = Path(__file__).parent / "fixtures" / "metrics-v1.jsonl"
 VALUES = dict.fromkeys(STEP_KEYS, 0.5)
@@ -54,6 +54,18 @@ def test_a_row_without_a_fixed_key_is_refused(tmp_path: Path) -> None:
             log.step(1, 64, {key: 0 for key in STEP_KEYS - {"token_hash"}})
         with pytest.raises(ValueError, match="heldout_bpb"):
             log.evaluation(1, 64, {})
+
+
+def test_what_was_recorded_stays_so_until_a_fork(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    last = []
+    for attempt, (start, end, recorded) in enumerate([(0, 10, 0), (4, 6, 10), (4, 4, 10), (4, 12, 10), (4, 5, 0)], 1):
+        with MetricsLog(path, attempt, start, start, recorded) as log:
+            for step in range(start + 1, end + 1):
+                log.step(step, step, VALUES)
+        last.append(recorded_step(path))
+    assert last == [10, 10, 10, 12, 5]
+    assert recorded_step(STORED) == max(row["step"] for row in read_metrics(STORED))  # without the key
 
 
 def test_each_row_is_one_write_of_a_whole_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

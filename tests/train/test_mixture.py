@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import threading
@@ -21,6 +22,7 @@ from lmtrain.data.loader import Loader
 from lmtrain.data.order.mix_request import MixRequest
 from lmtrain.data.order.schedule import Event, ScheduleLog, event_row
 from lmtrain.data.policies.config import PolicyConfig
+from lmtrain.data.policies.epochs import effective_tokens
 from lmtrain.data.policies.make import make
 from lmtrain.data.policies.policy import Run
 from lmtrain.data.sources import open_source
@@ -66,6 +68,10 @@ def asked(small_recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         outcome = train(words(small_recipe, run, KEEP))
     assert outcome.code == EXIT_DONE, outcome.err
     assert "mix.yaml is refused: weights.prosa: no source of this run; did you mean prose?" in outcome.out
+    told = [line.split(": ") for line in outcome.out.splitlines() if line.startswith("sources after step ")]
+    steps = [int(where.split()[-1]) for where, _ in told]
+    assert steps == sorted(set(steps)) and steps[-1] == STEPS, "with the evaluation there, and some checkpoints before"
+    assert [part.split()[0] for part in told[-1][1].split("; ")] == ["prose", "lists", "more"]
     return run
 
 
@@ -91,6 +97,9 @@ def test_requests_are_answered_and_training_goes_on(asked: Path) -> None:
     assert last["source_tokens.more"] / 64 == (64 - 36 + 16) / 2
     assert last["source_epochs.more"] == pytest.approx(
         last["source_epochs.lists"] * 44 / (last["source_tokens.lists"] / 32)
+    )
+    assert last["source_effective_tokens.lists"] == effective_tokens(
+        last["source_tokens.lists"] / last["source_epochs.lists"], last["source_tokens.lists"]
     )
     assert any(row.get("source_loss.more", 0) > 0 for row in rows(asked))
 
@@ -171,7 +180,32 @@ def test_a_crash_after_the_line_and_before_the_new_name_asks_once(
     monkeypatch.undo()
     assert Mixture._settle is settle
     assert train(words(small_recipe, run)).code == EXIT_DONE
-    assert len(events(run)) == 2 and (run / "control" / "mix.applied-5.yaml").exists()
+    assert len(events(run)) == 2
+    (answer,) = (run / "control").iterdir()  # of the step after the newest checkpoint that the crash let be written
+    assert answer.name.startswith("mix.applied-")
+
+
+def crashed_after(source: Path, target: Path, saved: int, recorded: int) -> Path:
+    """A copy of a run folder as if it crashed with ``recorded`` steps on record and a checkpoint of ``saved``."""
+    copy_until(source, target, saved)
+    for name in ("metrics.jsonl", "schedule.jsonl"):
+        lines = (target / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = "".join(line for line in lines if json.loads(line)["step"] <= recorded)
+        (target / name).write_text(kept, encoding="utf-8")
+    return target
+
+
+def test_a_request_that_waits_changes_no_recorded_step(
+    asked: Path, small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = crashed_after(asked, tmp_path / "run", 4, 12)
+    before_step(monkeypatch, {6: drop(run, "stop"), 7: drop(run, "mix.yaml", "weights: {prose: 1, lists: 0, more: 0}")})
+    assert train(words(small_recipe, run, KEEP)).code == EXIT_STOPPED  # amid what was recorded
+    assert train(words(small_recipe, run, KEEP)).code == EXIT_DONE
+    *before, event = events(run)
+    assert tuple(before) == events(asked) and (event.step, event.first_block) == (7, 48)
+    assert trajectory(run)[:12] == trajectory(asked)[:12]
+    assert column(run, "token_hash")[12:] != column(asked, "token_hash")[12:]
 
 
 def test_no_request_ends_a_run(small_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from lmtrain.checkpoint.ranks import Ranks
 from lmtrain.config.load import load
 from lmtrain.data.loader import Loader
 from lmtrain.data.order.schedule import Event, ScheduleLog
@@ -17,10 +20,55 @@ from lmtrain.data.policies.epochs import check_epochs
 from lmtrain.data.policies.make import make
 from lmtrain.data.policies.odm import Odm
 from lmtrain.data.policies.policy import Run
-from lmtrain.errors import EXIT_DONE, UsageError
-from lmtrain.train.mixture import admit_to_end
+from lmtrain.engine.protocol import StepInfo
+from lmtrain.errors import EXIT_DATA, EXIT_DONE, EXIT_USAGE, UsageError
+from lmtrain.train.mixture import Mixture, admit_to_end
 from tests.small_run import STEPS, before_step, checkpoint, copy_until, rows, train, trajectory, words
-from tests.train.test_mixture import KEEP, ODM, drop, events
+from tests.train.test_mixture import KEEP, ODM, crashed_after, drop, events
+
+LONG = ("train.steps=null", "train.tokens=2e9")
+TWO_LONG = (
+    r"data\.sources: the run needs 2,000,000,000 tokens, prose, lists have [\d,]+ together \([\d.]+ epochs, .* 16\)"
+)
+STAGES = "data.policy={kind: staged, stages: {late: {at: %s, weights: {prose: 1}}}}"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ((*LONG, "data.policy.kind=odm_exp3"), TWO_LONG),
+        ((*LONG, "data.policy.kind=ado", "data.policy.first=proportional"), TWO_LONG),
+        ((*LONG, "data.policy.kind=ado", "data.sources.prose.weight=0"), r"2,000,000,000 tokens, lists have "),
+        (LONG, r"data\.sources\.prose: the run needs 1,400,000,000 tokens"),
+        ((STAGES % "decai",), r"stages\.late\.at: no phase of the learning rate is named decai; did you mean decay\?"),
+        ((STAGES % "decai", "data.tokenizer=no/such.json"), r"is named decai; did you mean decay\?"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_the_dry_run_too(
+    small_recipe: Path, tmp_path: Path, given: tuple[str, ...], message: str
+) -> None:
+    run = tmp_path / "run"
+    told = [train(words(small_recipe, run, *given, *dry)) for dry in (("dry_run=true",), ())]
+    missing = any("tokenizer" in word for word in given)
+    assert [outcome.code for outcome in told] == [EXIT_USAGE, EXIT_DATA if missing else EXIT_USAGE]
+    assert all(re.search(message, outcome.err) for outcome in told[: 1 if missing else 2]), told
+    assert not run.exists()
+
+
+def test_the_dry_run_warns_of_what_is_read_often(small_recipe: Path, tmp_path: Path) -> None:
+    def warned(*given: str) -> list[str]:
+        outcome = train(words(small_recipe, tmp_path / "run", *given, "dry_run=true", "json=true"))
+        assert outcome.code == EXIT_DONE, outcome.err
+        facts = json.loads(outcome.out)
+        assert facts["missing"] == []
+        return facts["warnings"]
+
+    adaptive = warned("data.policy.kind=odm_exp3", "train.steps=2000")
+    assert len(adaptive) == 1 and re.fullmatch(r"all sources are read 1?\d\.\d times: 512,000 tokens .*", adaptive[0])
+    assert [warning.split()[0] for warning in warned("train.steps=1500")] == ["prose"]
+    assert warned("data.policy.kind=odm_exp3") == []
+    outcome = train(words(small_recipe, tmp_path / "run", "train.steps=1500", "dry_run=true"))
+    assert "WARNING      prose is read " in outcome.out
 
 
 def test_a_policy_is_not_asked_again_for_what_was_recorded(small_recipe: Path, tmp_path: Path) -> None:
@@ -46,13 +94,39 @@ def test_a_policy_keeps_to_the_mixture_in_force(
     made = [event for event in events(run) if event.origin == "policy"]
     assert {set(event.weights) == {"prose"} for event in made if event.first_block > 40} == {True}
     assert {set(event.weights) == {"prose", "lists"} for event in made if event.first_block < 40} == {True}
-    # in a replay, a policy's events of later would undo what a person asks now
+    # in a replay, a policy's events of later would undo what a person asks in front of them
     monkeypatch.undo()
-    again = copy_until(run, tmp_path / "again", 4)
-    before_step(monkeypatch, {5: drop(again, "mix.yaml", "weights: {lists: 0.2}")})
+    again = crashed_after(run, tmp_path / "again", 4, 10)
+    before_step(
+        monkeypatch,
+        {
+            5: drop(again, "mix.yaml", "weights: {lists: 0.2}\nat: 2600"),
+            6: drop(again, "mix.yaml", "weights: {lists: 0.2}"),
+        },
+    )
     outcome = train(words(small_recipe, again, ODM, KEEP))
-    assert outcome.code == EXIT_DONE and trajectory(again) == trajectory(run)
-    assert "later mixtures of the policy" in outcome.out and (again / "control" / "mix.rejected-5.yaml").exists()
+    assert outcome.code == EXIT_DONE and trajectory(again)[:11] == trajectory(run)[:11]
+    assert "at: 2,600 tokens is too early; the first that can still change are at 2,816" in outcome.out
+    (asked,) = (event for event in events(again) if event.step == 6 and event.origin == "user")
+    assert asked.first_block == 44 == max(event.first_block for event in made if event.step <= 10)
+
+
+def test_a_mixture_made_later_holds_when_the_lead_is_shorter_than_before(small_recipe: Path, tmp_path: Path) -> None:
+    """With two workers the policy proposed after step 6 for what begins with step 12; resumed, there are none."""
+    log = ScheduleLog.fixed({"prose": 1, "lists": 1})
+    log.append(Event(44, "policy", "odm_exp3", {"prose": 1, "lists": 3}, step=6))
+    cfg = load([f"recipe={small_recipe}"]).recipe.data
+    cfg = replace(cfg, policy=PolicyConfig("odm_exp3", every=1, min_change=0))
+    loader = Loader(cfg, seed=0, batch_tokens=256, microbatch=1, dp_rank=0, dp_size=1, log=ScheduleLog(log.events))
+    policy = make(cfg.policy, {"prose": 1.0, "lists": 1.0}, Run(loader.tokens_available, 4096))
+    mixture = Mixture(loader, Ranks(None), STEPS, log, policy, tmp_path, 6, print)
+    info = StepInfo(**dict.fromkeys((f.name for f in fields(StepInfo)), None))  # type: ignore[arg-type]
+    for step in range(7, 13):
+        mixture.observe(step, replace(info, source_loss=torch.tensor([[200.0 + step, 100.0], [300.0, 100.0]])))
+        mixture.share()
+    firsts = [event.first_block for event in log.events]
+    assert firsts == [0, 44, 44, 44, 44, 44, 48, 52]
+    assert loader.sampler.shares(44)["prose"] == pytest.approx(log.events[5].weights["prose"] / 4096)
 
 
 def test_a_policy_that_fails_does_not_end_a_run(

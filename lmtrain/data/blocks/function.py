@@ -57,18 +57,18 @@ class DocumentFunction:
         function = _resolve(self.source, self.name)
         try:
             made = function(seed, index, **self.arguments)
+            tokens = np.asarray(getattr(made, "tokens", made))
+            labels = np.asarray(made.labels) if hasattr(made, "labels") else None
         except LmtrainError:
             raise
         except TypeError as error:
             raise UsageError(f"data.sources.{self.source}.arguments: {self.name}: {error}") from error
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise self.error(index, f"{type(error).__name__}: {error}") from error
-        tokens = np.asarray(getattr(made, "tokens", made))
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or len(tokens) < 2:
             raise self.error(index, f"expected at least two integers, [n], got {tokens.dtype} {list(tokens.shape)}")
-        if not hasattr(made, "labels"):
+        if labels is None:
             return Made(self._narrow(index, tokens), None)
-        labels = np.asarray(made.labels)
         if labels.shape != tokens.shape or labels.dtype.kind not in "iu" or labels[-1] != IGNORE:
             raise self.error(index, f"expected one label for each token, and {IGNORE} for the last")
         return Made(self._narrow(index, tokens), self._narrow(index, labels))
@@ -123,17 +123,21 @@ def _resolve(source: str, name: str) -> Callable[..., Any]:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise UsageError(f"{key}: {name}: {error}{_nearest_module(error.name or '')}") from error
-    except Exception as error:  # whatever a module does when it is imported
+    except (Exception, SystemExit) as error:  # whatever a module does when it is imported; a script may exit
         raise UsageError(f"{key}: {name}: {type(error).__name__}: {error}") from error
     found = getattr(module, function, None)
     if not callable(found):
-        known = [each for each, value in vars(module).items() if getattr(value, MARK, False)]
+        known = [each for each, value in vars(module).items() if _marked(value)]
         raise UsageError(f"{key}: {module_name} has no function {function}{nearest(function, known)}")
-    if not getattr(found, MARK, False):
+    if not _marked(found):
         raise UsageError(
             f"{key}: {name}: not a function that makes documents; mark it with @document_function of {__name__}"
         )
     return found
+
+
+def _marked(value: object) -> bool:
+    return getattr(value, MARK, None) is True  # a mock has any attribute
 
 
 def _nearest_module(missing: str) -> str:

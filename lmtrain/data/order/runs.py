@@ -44,11 +44,12 @@ class RunSampler(Sampler):
     def extend(self, events: Sequence[Event], windows: Mapping[str, int]) -> None:
         """Raises UsageError, too, for an event amid a group, a skip that would cut a run, a source without a run."""
         runs = {name: count // self.run_blocks for name, count in windows.items()}
-        for name in {name for event in events for name in event.weights}:
+        # an added source without a share too: it may get one
+        for name in sorted({name for event in events for name in (*event.weights, *event.sources)}):
             if (self.windows | runs).get(name, 1) < 1:
                 raise UsageError(
                     f"data.sources.{name}: has less than one run of {self.run_blocks} blocks (data.run_blocks); use "
-                    "shorter runs, or give it no share"
+                    "shorter runs, or leave it out"
                 )
         super().extend([self._in_runs(event) for event in events], runs)
 
