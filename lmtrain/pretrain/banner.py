@@ -41,7 +41,7 @@ def banner(settings: Settings, plan: Plan, loader: Loader, heldout: Heldout, ori
 def table(loader: Loader, total_steps: int, step: int) -> list[str]:
     """Every source: its tokens, its share of the blocks at ``step``, and what the run reads if no share changes."""
     shares = loader.sampler.shares(loader.schedule.first_block(step))
-    rows = [("source", "tokens", "share", "planned epochs", "effective tokens")]
+    rows = [("source", "tokens", "share", "epochs at it", "effective tokens")]
     for name, planned in loader.tokens_read(total_steps).items():
         unique = loader.tokens_available[name]
         worth = f"{effective_tokens(unique, planned):,.0f}"
