@@ -34,7 +34,7 @@ from lmtrain.model.config import ModelConfig
 from lmtrain.model.context import LocalContext
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.ops.cross_entropy import cross_entropy
 from lmtrain.ops.library import chosen

@@ -20,7 +20,7 @@ from lmtrain.hub.table import KNOWN, Rule, Shape, Transform, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import CLAMP, SHARPNESS
 from lmtrain.model.ffn.moe_settings import MoEConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 
 
 def _interleaved(ours: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import KNOWN, HubClass, Rule, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 
 ATTENTION = [
     same("norm.weight", "input_layernorm.weight"),

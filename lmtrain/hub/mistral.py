@@ -7,7 +7,7 @@ from typing import Any
 from lmtrain.hub.llama import Llama
 from lmtrain.hub.settings import distinct
 from lmtrain.model.config import ModelConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 
 
 class Mistral(Llama):

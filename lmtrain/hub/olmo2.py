@@ -11,7 +11,7 @@ from lmtrain.hub.layers import other_eps, own_head_dim, unless
 from lmtrain.hub.llama import ATTENTION, MLP, Llama
 from lmtrain.hub.table import KNOWN, Rule, same
 from lmtrain.model.config import ModelConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 
 
 class Olmo2(Llama):

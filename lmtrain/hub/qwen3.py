@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from lmtrain.hub.llama import ATTENTION, Llama
 from lmtrain.hub.table import Rule, same
 from lmtrain.model.config import ModelConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 
 QK_NORM_EPS = 1e-6
 """Of lmtrain's query and key norms; Qwen3 has one epsilon for all its norms."""

@@ -17,7 +17,7 @@ from lmtrain.hub.settings import differing, distinct, usual
 from lmtrain.hub.table import CONCAT_CONV, KNOWN, Rule, by_head, less_one, same
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.gated_deltanet import GatedDeltaNetConfig
 
 FIRST_NORM = less_one("norm.weight", "input_layernorm.weight")

@@ -17,7 +17,7 @@ from lmtrain.hub.layers import Layered, own_head_dim, unless
 from lmtrain.hub.settings import differing, distinct
 from lmtrain.hub.table import CONCAT_CONV, KNOWN, LESS_ONE, Rule, Transform, same, zeros
 from lmtrain.model.config import ModelConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.rg_lru import RGLRUConfig
 
 UNREACHED = 1e6

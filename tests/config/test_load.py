@@ -16,7 +16,7 @@ from lmtrain.config.files import names
 from lmtrain.config.load import load
 from lmtrain.config.render import render
 from lmtrain.model.ffn.mlp import MLPConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 
 Write = Callable[[str, str], str]
 FIXTURES = Path(__file__).parent / "fixtures"

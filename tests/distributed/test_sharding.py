@@ -19,7 +19,7 @@ from lmtrain.model.branch import Place, branch_class
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.ops.documents import Documents
 from lmtrain.parallel.config import ClusterConfig, MeshConfig

@@ -14,7 +14,7 @@ from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 
 LLAMA = ModelConfig(

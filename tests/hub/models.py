@@ -17,7 +17,7 @@ from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.ffn.rwkv_channel import RWKVChannelConfig
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from lmtrain.model.mixers.kda import KDAConfig
 from lmtrain.model.mixers.linear_attention import LinearAttentionConfig

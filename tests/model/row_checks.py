@@ -26,7 +26,7 @@ from lmtrain.model.ffn.moe_settings import MoEConfig
 from lmtrain.model.ffn.rwkv_channel import RWKVChannelConfig
 from lmtrain.model.init import draw, normal
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.deltanet import DeltaNetConfig
 from lmtrain.model.mixers.gated_deltanet import GatedDeltaNetConfig
 from lmtrain.model.mixers.gla import GLAConfig

@@ -17,7 +17,7 @@ from transformers.models.olmo2 import modeling_olmo2
 from transformers.models.qwen3_next import modeling_qwen3_next
 
 from lmtrain.errors import UsageError
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.mla import MLAConfig
 from lmtrain.model.rope import RopeScaling, rotate
 from tests.model.parity import (

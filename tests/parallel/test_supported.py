@@ -12,7 +12,7 @@ from lmtrain.errors import UsageError
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.ffn.moe_settings import MoEConfig
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.lstm import LSTMConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.model.mixers.mla import MLAConfig

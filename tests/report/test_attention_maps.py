@@ -8,7 +8,7 @@ import torch
 from lmtrain.model.config import ModelConfig
 from lmtrain.model.ffn.mlp import MLPConfig
 from lmtrain.model.language_model import LanguageModel
-from lmtrain.model.mixers.attention import AttentionConfig
+from lmtrain.model.mixers.attention_settings import AttentionConfig
 from lmtrain.model.mixers.mamba2 import Mamba2Config
 from lmtrain.report.attention_maps import BranchMap, branch_maps, chosen
 
