@@ -13,12 +13,13 @@ from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from lmtrain.data.order.permutation import GOLDEN, mix, permute
+from lmtrain.data.order.permutation import GOLDEN, Permutations, mix
 from lmtrain.data.order.schedule import Event, ScheduleLog
 from lmtrain.errors import UsageError, nearest
 
@@ -54,6 +55,7 @@ class Sampler:
         self._events: list[Event] = []
         self._stages: list[_Stage] = []
         self._firsts = np.empty(0, dtype=np.int64)
+        self._made: dict[tuple[int, int], Permutations] = {}  # by the first and the last epoch, the newest eight
         self.extend(log.events, windows)
 
     def extend(self, events: Sequence[Event], windows: Mapping[str, int]) -> None:
@@ -71,6 +73,7 @@ class Sampler:
         self.windows = {name: int(count) for name, count in known.items()}
         keys = [xxhash.xxh3_64_intdigest(name.encode(), seed=self.seed % 2**64) for name in known]
         self._keys, self._sizes = np.array(keys, dtype=np.uint64), np.array(list(known.values()), dtype=np.int64)
+        self._made = {}
         for event in events:
             at = bisect_right(self._events, event.first_block, key=lambda past: past.first_block)
             self._events.insert(at, event)
@@ -103,8 +106,25 @@ class Sampler:
             source[at] = stage.ids[own]
             ordinal[at] = stage.base[source[at]] + period * np.array(stage.weights)[own] + rank[place]
         epoch, index = np.divmod(ordinal, self._sizes[source])
+        orders, which = self._orders(source, epoch)
+        return source, orders(index, which), epoch
+
+    def _orders(self, source: NDArray[np.int32], epoch: Indices) -> tuple[Permutations, Indices]:
+        """The orders that these sources have in these epochs, ``[n]`` each, and which of them each sample follows."""
+        count = len(self.names)
+        first, last = (int(epoch.min()), int(epoch.max())) if len(epoch) else (0, 0)
+        if (last + 1 - first) * count > len(source):
+            return self._permutations(source, epoch), np.arange(len(source))
+        made = self._made.get((first, last))  # from call to call they are nearly always the same
+        if made is None:
+            sources, epochs = np.tile(np.arange(count), last + 1 - first), np.arange(first, last + 1).repeat(count)
+            made = self._permutations(sources, epochs)
+            self._made = dict([*self._made.items()][-7:]) | {(first, last): made}
+        return made, (epoch - first) * count + source
+
+    def _permutations(self, source: NDArray[Any], epoch: Indices) -> Permutations:
         keys = mix(self._keys[source] + mix(epoch.astype(np.uint64) * GOLDEN))
-        return source, permute(index, self._sizes[source], keys), epoch
+        return Permutations(np.maximum(self._sizes[source], 1), keys)  # a source without a block is not met
 
     def counts(self, k: int) -> dict[str, int]:
         """Blocks of each source consumed before sample ``k``, those skipped among them, in closed form."""
